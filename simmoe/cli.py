@@ -201,6 +201,9 @@ def calibrate(
     hardware: Annotated[
         Path | None, typer.Option(help="Hardware file of a new device. [default: one beside the tables]")
     ] = None,
+    operator: Annotated[
+        list[str] | None, typer.Option(help="Fit only this operator; may be repeated. [default: all]")
+    ] = None,
     show_report: Annotated[bool, typer.Option("--report", help="Print held-out errors; write nothing.")] = False,
     folds: Annotated[int, typer.Option(min=2, help="Folds of shape groups to judge the fits by.")] = 10,
     processes: Annotated[int | None, typer.Option(min=1, help="Processes to fit on. [default: all cores]")] = None,
@@ -214,11 +217,13 @@ def calibrate(
 
     `simmoe calibrate --report profiles --json`
 
+    `simmoe calibrate profiles/h100_sxm --operator moe`
+
     `simmoe calibrate measured --hardware my-gpu.yaml`
     """
     from simmoe import calibration_report, kernel_calibration  # noqa: PLC0415
 
-    plans, left_out = kernel_calibration.plan(paths, hardware)
+    plans, left_out = kernel_calibration.plan(paths, hardware, operator or ())
     calibrations, ready = {}, []
     with console.progress() as progress:
         for entry in plans:
@@ -229,7 +234,10 @@ def calibrate(
                 keep=None if show_report else folder / ".fits",
             )  # fmt: skip
             if not show_report:
-                ready.append(kernel_calibration.write(entry, calibrations[entry.device], folder))
+                whole = calibrations[entry.device]
+                if operator:
+                    whole = kernel_calibration.with_others(whole, folder)
+                ready.append(kernel_calibration.write(entry, whole, folder))
     if json:
         _json(calibration_report.to_json(calibrations, left_out))
     else:

@@ -11,7 +11,7 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import cache
@@ -56,17 +56,26 @@ class Plan:
         return (out or Path("profiles")) / self.device
 
 
-def plan(paths: Sequence[Path], hardware_file: Path | None = None) -> tuple[list[Plan], list[str]]:
+def plan(
+    paths: Sequence[Path], hardware_file: Path | None = None, only: Collection[str] = ()
+) -> tuple[list[Plan], list[str]]:
     """Sort measured tables by device and split them into fits; also what was left out, in words.
 
     Parameters
     ----------
     paths : tables or folders of them.
     hardware_file : describes a device that is not shipped; its tables' names end in its name.
+    only : operators to fit; (): all.
+
+    Raises
+    ------
+    CalibrationError
+        If no table is of an operator in ``only``.
     """
     given = described(hardware_file) if hardware_file else None
     plans: dict[str, Plan] = {}
     left_out: list[str] = []
+    met: set[str] = set()
     for path in table_paths(paths):
         table = read_table(path)
         operator = operator_of(table)
@@ -81,6 +90,9 @@ def plan(paths: Sequence[Path], hardware_file: Path | None = None) -> tuple[list
         entry = plans.setdefault(device.label, Plan(device.label, device.hardware, device.file))
         entry.files.append(path)
         operator = operator_on(operator, device.hardware)
+        met.add(operator.name)
+        if only and operator.name not in only:
+            continue
         for sample in samples(operator, table):
             if len(sample.seconds) <= len(operator.parameters) + 2:
                 left_out.append(
@@ -89,7 +101,9 @@ def plan(paths: Sequence[Path], hardware_file: Path | None = None) -> tuple[list
                 )
                 continue
             entry.jobs.append((operator, sample, path.name))
-    return list(plans.values()), left_out
+    if unknown := [name for name in only if name not in met]:
+        raise CalibrationError(f"--operator {unknown[0]}: no table of it; there are {', '.join(sorted(met)) or 'none'}")
+    return [entry for entry in plans.values() if entry.jobs or not only], left_out
 
 
 def run(
@@ -135,6 +149,23 @@ def run(
         sources=tuple(sorted(path.name for path in entry.files)),
         fits=tuple(results[i] for i in range(len(entry.jobs))),
     )
+
+
+def with_others(calibration: Calibration, folder: Path) -> Calibration:
+    """Add what the calibration in a folder holds of other operators, fitted to the same tables.
+
+    Raises
+    ------
+    CalibrationError
+        If there is none, or it was made from other tables.
+    """
+    path = folder / "calibration.yaml"
+    before = calibration_files.load(path)
+    if before.digest != calibration.digest:
+        raise CalibrationError(f"{path}: made from other tables than these; fit all operators, without --operator")
+    fitted = {fit.operator for fit in calibration.fits}
+    fits = [*calibration.fits, *(fit for fit in before.fits if fit.operator not in fitted)]
+    return calibration.vary(fits=tuple(sorted(fits, key=lambda fit: calibration.sources.index(fit.source))))
 
 
 def write(entry: Plan, calibration: Calibration, folder: Path) -> Path | None:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmoe.costs import collectives, exchange, offload, padding
-from simmoe.costs.operators import alltoall, experts, experts_deepgemm
+from simmoe.costs.operators import alltoall, experts, experts_deepgemm, tuned_tiles
 from simmoe.costs.operators.base import Features
 from simmoe.costs.overlap import LOW_LATENCY_HELD
 from simmoe.costs.precision import Precision
@@ -235,6 +235,9 @@ class MoeLayers:
             return np.where(quick, timed["generation"][0], timed["context"][0]), max(s for _, s in timed.values())
         source = experts.preferred_kernel(d.engine, p.dtype, expert_parallel=d.ep > 1)
         asked = {"dtype": p.dtype, "kernel_source": source} if source else {"dtype": p.dtype}
+        fit = self.times.choose(experts.MOE, asked)
+        bound = tuned_tiles.list_number(fit.variant.get("kernel_source"), p.dtype) if fit else 0.0
+        features = {**features, "tile_list": np.full_like(local, bound)}
         return self.times.seconds(experts.MOE, features, cold=True, **asked)
 
     def _low_latency(self, per_rank: Array) -> NDArray[np.bool_]:

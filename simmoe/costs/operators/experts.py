@@ -2,7 +2,8 @@
 
 Model: fixed and per-expert launch costs + p-norm(weight streaming, tiled FLOPs) + activation passes.
 Weights are read once per *active* expert; rows are padded to the tile, and of the tiles 16, 64 and 128 the
-quickest counts, each with its own efficiency; short inner dimensions fill the matrix pipeline badly. Every
+quickest counts, each with its own efficiency, unless the engine ships no tuned tiles for the shape and the kernel
+is bound to its default ones (`tuned_tiles`); short inner dimensions fill the matrix pipeline badly. Every
 number fitted is relative to a data-sheet peak or a fixed time, so that an unmeasured device can borrow it.
 Not in it: router matmul, shared experts, all-to-all. Not modelled: which tile configuration a tuner happened to
 pick (the largest residuals, chiefly TensorRT-LLM bf16 under tensor parallelism) and exact wave counts.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from simmoe.costs.operators import tuned_tiles
 from simmoe.costs.operators.base import Array, Features, Operator, Parameter, Parameters, peak_flop_per_s, soft_max
 from simmoe.errors import MeasurementError
 from simmoe.routing.benchmark import benchmark_load
@@ -50,6 +52,7 @@ FEATURES = (
     "weight_bytes",
     "activation_bytes",
     "compute_bits",
+    "tile_list",
 )
 
 #: (framework, dtype) -> kernel source an engine uses by default without expert parallelism: the newest measured.
@@ -75,9 +78,11 @@ def preferred_kernel(framework: str, dtype: str, *, expert_parallel: bool) -> st
     return PREFERRED_KERNEL_EP.get((framework, dtype), default) if expert_parallel else default
 
 
-#: Collections whose expert-parallel rows are left out. SGLang's take no less time with 8 ranks than with one, vLLM's
-#: put a single token's experts on one rank: both contradict the layouts of `simmoe.routing.benchmark`.
-OLD_LAYOUT = ("sglang 0.5.10", "vllm 0.14.0")
+#: Older collections (A100's). Their expert-parallel rows are left out: SGLang's take no less time with 8 ranks than
+#: with one, vLLM's put a single token's experts on one rank: both contradict the layouts of `routing.benchmark`.
+#: Their two-matrix shapes were timed with three: they take 1.3 to 1.5 times what two matrices would at every token
+#: count, weight-bound and FLOP-bound alike, and as long as gated shapes of the same size; newer collections' do not.
+OLD_COLLECTIONS = ("sglang 0.5.10", "vllm 0.14.0")
 
 # L2 is taken to serve this many times the memory bandwidth. Assumption: published microbenchmarks of Hopper give
 # 1.7 to 2.5; replays also hide launch latency in it. It matters for benchmark replays alone (cold=False).
@@ -99,6 +104,7 @@ def features_of(
     weight_bytes: float,
     activation_bytes: float,
     compute_bits: float,
+    tile_list: float = 0.0,
     dispatched: bool = False,
 ) -> Features:
     """Features of one rank's expert block.
@@ -115,6 +121,8 @@ def features_of(
         Bytes per weight and per activation fed to a GEMM. [B]
     compute_bits : int
         Operand width of the matrix units: 32, 16, 8 or 4. [bit]
+    tile_list : float
+        Which list of tuned shapes the kernel goes by, see `tuned_tiles.list_number`.
     dispatched : bool
         True where an all-to-all brought the rank only the pairs it serves (DeepEP). False, as measured: the rank
         holds all tokens of the expert-parallel group and skips what is not its own.
@@ -137,6 +145,7 @@ def features_of(
         "weight_bytes": one * weight_bytes,
         "activation_bytes": one * activation_bytes,
         "compute_bits": one * compute_bits,
+        "tile_list": one * tile_list,
     }
 
 
@@ -145,16 +154,17 @@ def _features(table: Table) -> Features:
     shape_names = ("hidden_size", "expert_inter_size", "num_experts", "top_k", "gated", "moe_tp_size", "moe_ep_size")
     shapes = np.stack([table.number(name) for name in shape_names], axis=1)
     _, shape_of = np.unique(shapes, axis=0, return_inverse=True)
-    labels, label_of = np.unique(
-        np.char.add(np.char.add(table.text("dtype"), "\x1f"), table.text("routing_distribution")), return_inverse=True
-    )
+    kernels = table.text("kernel_source") if "kernel_source" in table.columns else np.full(table.rows, "")
+    old = _old(table)
+    words = (table.text("dtype"), table.text("routing_distribution"), kernels, old.astype(np.str_))
+    labels, label_of = np.unique(["\x1f".join(row) for row in zip(*words, strict=True)], return_inverse=True)
     cell = shape_of.reshape(-1) * len(labels) + label_of
-    tokens = np.where(_layout_unknown(table), np.nan, table.number("num_tokens"))
+    tokens = np.where(old & (table.number("moe_ep_size") > 1), np.nan, table.number("num_tokens"))
     columns = {name: np.full(table.rows, np.nan) for name in FEATURES}
     for number in np.unique(cell[np.isfinite(tokens)]):
         rows = np.flatnonzero((cell == number) & np.isfinite(tokens))
         hidden, width, experts, top_k, gated, tp, ep = shapes[rows[0]].tolist()
-        dtype, distribution = str(labels[number % len(labels)]).split("\x1f")
+        dtype, distribution, kernel, _ = str(labels[number % len(labels)]).split("\x1f")
         if dtype not in DTYPES:
             raise MeasurementError(f"{table.path}: dtype {dtype!r} is not known; known are {', '.join(DTYPES)}")
         weight_bytes, activation_bytes, compute_bits = DTYPES[dtype]
@@ -164,10 +174,11 @@ def _features(table: Table) -> Features:
             inter=width / tp,
             top_k=top_k,
             num_experts=int(experts),
-            matrices=2 + int(gated),
+            matrices=3 if old[rows[0]] else 2 + int(gated),
             weight_bytes=weight_bytes,
             activation_bytes=activation_bytes,
             compute_bits=compute_bits,
+            tile_list=tuned_tiles.list_number(kernel, dtype),
         )
         for name, values in part.items():
             columns[name][rows] = values
@@ -177,12 +188,12 @@ def _features(table: Table) -> Features:
     return columns
 
 
-def _layout_unknown(table: Table) -> NDArray[np.bool_]:
-    """Expert-parallel rows of older collectors: how they laid tokens out over the ranks is not what it is today."""
+def _old(table: Table) -> NDArray[np.bool_]:
+    """Rows of an older collection."""
     if "version" not in table.columns:
         return np.zeros(table.rows, dtype=np.bool_)
     label = np.char.add(np.char.add(table.text("framework"), " "), table.text("version"))
-    return np.isin(label, OLD_LAYOUT) & (table.number("moe_ep_size") > 1)
+    return np.isin(label, OLD_COLLECTIONS)
 
 
 def breakdown(features: Features, parameters: Parameters, hardware: Hardware, cold: bool) -> dict[str, Array]:
@@ -208,6 +219,9 @@ def breakdown(features: Features, parameters: Parameters, hardware: Hardware, co
     # each tile also pays a fill and drain of the pipeline, worth short_k steps of the inner dimension
     flop_per_row = 2.0 * (up_width * (hidden + q["short_k"]) + hidden * (inter + q["short_k"]))
     tiled = np.minimum.reduce([f[f"row_blocks_{tile}"] * (tile / q[f"flops_{tile}"]) for tile in TILES])
+    bound = tuned_tiles.fixed_rows(f["tile_list"], hardware.device.name, f["tokens"], f["local_experts"], inter)
+    for rows in (16, 64):
+        tiled = np.where(bound == rows, f[f"row_blocks_{rows}"] * (rows / q[f"default_{rows}"]), tiled)
     flops = tiled * flop_per_row / peak_flop_per_s(hardware, f["compute_bits"])
     width = np.maximum(f["activation_bytes"], _OUTPUT_BYTES)
     inner = up_width * width + inter * f["activation_bytes"]
@@ -261,6 +275,8 @@ MOE = Operator(
         _parameter("flops_16", "1", 0.17, 0.02, 1.0, "of the matrix peak with 16-row tiles"),
         _parameter("flops_64", "1", 0.45, 0.05, 1.0, "of the matrix peak with 64-row tiles"),
         _parameter("flops_128", "1", 0.65, 0.05, 1.0, "of the matrix peak with 128-row tiles"),
+        _parameter("default_16", "1", 0.1, 0.01, 1.0, "of the matrix peak with an engine's default tiles of 16 x 32"),
+        _parameter("default_64", "1", 0.3, 0.03, 1.0, "of the matrix peak with an engine's default tiles of 64 x 64"),
         _parameter("short_k", "elements", 300.0, 1.0, 2000.0, "pipeline fill and epilogue, as inner-dimension length"),
         _parameter("overlap", "1", 2.3, 2.0, 12.0, "p of the p-norm of weight streaming and FLOPs"),
         _parameter("pair_hidden", "passes", 1.0, 1e-3, 50.0, "passes over the local pairs' hidden vectors"),
