@@ -130,6 +130,7 @@ class ScaledTimes:
     def __init__(self, times, hardware, factor):
         self.times, self.hardware, self.kernels = times, hardware, times.kernels
         self.power = {"s": factor, "B/s": 1.0 / factor}  # other units hold no time
+        self.choose = times.choose
 
     def seconds(self, operator, features, *, cold=True, **variant):
         fit = self.times.choose(operator, variant)

@@ -11,10 +11,11 @@ from typer.testing import CliRunner
 from simmoe import kernel_calibration
 from simmoe.calibrate import calibrate_operator, samples
 from simmoe.cli import app
+from simmoe.costs import calibration as calibration_files
 from simmoe.costs.operators import gemm
 from simmoe.costs.operators.registry import described, measured_device
 from simmoe.costs.timing import kernel_times
-from simmoe.errors import SpecError
+from simmoe.errors import CalibrationError, SpecError
 from simmoe.fit_checks import check, gaps, outliers, unidentified
 from simmoe.specs.load import data_folder, load_hardware
 from simmoe.specs.measurement import read_table
@@ -174,3 +175,30 @@ def test_report_carries_the_warnings_as_json(tmp_path):
     (device,) = json.loads(result.stdout)["calibrations"].values()
     assert any("1 of 42 rows" in line for line in device["warnings"]["gemm torch/bfloat16"])
     assert not list(tmp_path.glob("**/calibration.yaml"))
+
+
+def test_one_operator_alone_is_fitted_again_and_the_others_stay(tmp_path):
+    folder = tmp_path / "my-gpu"
+    hardware_file(folder / "hardware.yaml")
+    gemm_table(folder / "gemm_my-gpu.csv")
+    command = ["calibrate", str(folder), "--folds", "3", "--processes", "1"]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    written = folder / "calibration.yaml"
+    before = calibration_files.load(written)
+    stranger = before.fits[0].vary(operator="mla_bmm")
+    calibration_files.dump(before.vary(fits=(stranger, before.fits[0].vary(log_sigma=9.0))), written)
+
+    result = CliRunner().invoke(app, [*command, "--operator", "gemm"])
+    assert result.exit_code == 0, result.output
+    again = calibration_files.load(written)
+    assert {fit.operator: fit.log_sigma for fit in again.fits} == {
+        "gemm": before.fits[0].log_sigma,
+        "mla_bmm": before.fits[0].log_sigma,
+    }
+
+    with pytest.raises(CalibrationError, match="--operator moe: no table of it; there are gemm"):
+        kernel_calibration.plan([folder], only=["moe"])
+    gemm_table(folder / "gemm_my-gpu.csv", rows_m=(2, 8, 32, 128, 512, 2048))
+    plans, _ = kernel_calibration.plan([folder], only=["gemm"])
+    with pytest.raises(CalibrationError, match="made from other tables"):
+        kernel_calibration.with_others(kernel_calibration.run(plans[0], folds=3, processes=1), folder)
