@@ -124,6 +124,7 @@ def run_scenario(scenario: Scenario, done: Callable[[int, int], None] = lambda _
                 seed=plan.seed + i,
                 warmup=plan.warmup,
                 keep_load=not plan.drain,
+                steps_ahead=parts.engine.parameters.steps_ahead,
                 cluster=s.cluster,
                 handover=handover,
             )
@@ -233,7 +234,12 @@ def _handover(s: Scenario) -> Handover | None:
     if rule is None:
         return None
     parts = compiled_for(s.hardware, s.model, rule.decode, s.workload)
-    setup = PoolSetup(table=parts.table, deployment=rule.decode, kv_tokens=parts.memory.kv_tokens)
+    setup = PoolSetup(
+        table=parts.table,
+        deployment=rule.decode,
+        kv_tokens=parts.memory.kv_tokens,
+        steps_ahead=parts.engine.parameters.steps_ahead,
+    )
     return Handover(decode=setup, transfer=transfer_of(s.model, s.deployment, rule, s.hardware))
 
 

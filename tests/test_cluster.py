@@ -63,12 +63,13 @@ def loops(draw, most_in=40, most_out=50):
     st.sampled_from(["vllm", "trtllm", "sglang"]),
     st.sampled_from([0.05, 0.4, 2.0]),
     st.sampled_from([0.0, 0.3]),
+    st.sampled_from([0, 1]),
 )
-def test_failing_replicas_equal_the_twin(workload, replicas, dp, kv_tokens, seed, policy, between, restart):
+def test_failing_replicas_equal_the_twin(workload, replicas, dp, kv_tokens, seed, policy, between, restart, ahead):
     deployment = SMALL.vary(gpus=replicas * dp, dp=dp)
     table = make_table(64 * dp, 8 * dp)
     failures = Failures(mean_time_between=between, restart_time=restart)
-    options = {"requests": 25, "seed": seed, "policy": policy}
+    options = {"requests": 25, "seed": seed, "policy": policy, "steps_ahead": ahead}
     jobs = simulate_cluster(table, workload, deployment, kv_tokens * dp, failures=failures, **options)
     result = simulate(
         table, workload, deployment, kv_tokens * dp, keep_load=False, warmup=0.0,
@@ -91,13 +92,14 @@ def test_failing_replicas_equal_the_twin(workload, replicas, dp, kv_tokens, seed
         seconds_per_token=st.sampled_from([0.0, 1e-5, 2e-3]),
         layers=st.sampled_from([1, 4]),
     ),
+    st.sampled_from([0, 1]),
 )
-def test_prefill_and_decode_apart_equal_the_twin(workload, prefill, decode, kv_in, kv_out, seed, transfer):
+def test_prefill_and_decode_apart_equal_the_twin(workload, prefill, decode, kv_in, kv_out, seed, transfer, ahead):
     pools = (SMALL.vary(gpus=prefill), SMALL.vary(gpus=decode, max_num_seqs=4, kv_block_size=4))
     second = (make_table(64, 4, slope=2e-4), pools[1], kv_out)
-    options = {"requests": 25, "seed": seed}
+    options = {"requests": 25, "seed": seed, "steps_ahead": ahead}
     jobs = simulate_cluster(TABLE, workload, pools[0], kv_in, decode=second, transfer=transfer, **options)
-    setup = PoolSetup(table=second[0], deployment=second[1], kv_tokens=second[2])
+    setup = PoolSetup(table=second[0], deployment=second[1], kv_tokens=second[2], steps_ahead=ahead)
     result = simulate(
         TABLE, workload, pools[0], kv_in, keep_load=False, warmup=0.0,
         handover=Handover(decode=setup, transfer=transfer), **options,

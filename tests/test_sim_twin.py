@@ -70,11 +70,12 @@ def scenarios(draw):
     st.integers(0, 2**32),
     st.sampled_from(["round_robin", "least_outstanding", "power_of_two"]),
     st.sampled_from(["vllm", "vllm", "trtllm", "sglang"]),
+    st.sampled_from([0, 1]),
 )
-def test_fast_forward_equals_stepping_one_at_a_time(scenario, seed, router, policy):
+def test_fast_forward_equals_stepping_one_at_a_time(scenario, seed, router, policy, steps_ahead):
     deployment, workload, kv_tokens = scenario
     table = make_table(deployment.tokens_per_replica, deployment.requests_per_replica)
-    options = {"requests": 40, "seed": seed, "router": router, "policy": policy}
+    options = {"requests": 40, "seed": seed, "router": router, "policy": policy, "steps_ahead": steps_ahead}
     jobs, refused = simulate_stepwise(table, workload, deployment, kv_tokens, **options)
     if not jobs:
         with pytest.raises(CapacityError):

@@ -75,6 +75,7 @@ def simulate(
     keep_load: bool = True,
     router: str | None = None,
     policy: str | None = None,
+    steps_ahead: int = 0,
     cluster: Cluster | None = None,
     handover: Handover | None = None,
 ) -> SimulationResult:
@@ -99,6 +100,8 @@ def simulate(
     router, policy : str, optional
         Names in `routers.ROUTERS` (default: least outstanding) and `policies.POLICIES` (default: the engine's);
         they go before those of ``cluster``.
+    steps_ahead : int
+        Steps that an engine decides before the running one ends: 1 with asynchronous scheduling.
     cluster : Cluster, optional
         Router, failures and autoscaling; its disaggregation is ``handover``, made by whoever knows the model.
     handover : Handover, optional
@@ -128,6 +131,7 @@ def simulate(
         deployment=deployment,
         kv_tokens=kv_tokens,
         policy=rules.policy,
+        steps_ahead=steps_ahead,
         most_replicas=rules.autoscaling.maximum if rules.autoscaling else None,
     )
     for pool in (setup, *(() if handover is None else (handover.decode,))):

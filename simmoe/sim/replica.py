@@ -12,6 +12,10 @@ large for small batches and long outputs, near one where every step sees an arri
 at most three windows: one it ends by arriving, its prompt step, one it ends by finishing. A replica alone needs no
 event queue for that (`cluster`).
 At one instant the order is: arrivals, then step ends by replica, then new batches.
+
+Scheduling may be asynchronous (vLLM's ``async_scheduling``): the step that begins when another ends was decided before
+that end, so who came during the other one is not in it, and waits for it too. Known when it is decided: who ends, for
+lengths are; so seats and blocks pass on at once. An engine with nothing to do decides at once.
 """
 
 from __future__ import annotations
@@ -38,6 +42,7 @@ class Replica:
     index, replicas : which of how many; settles the order of simultaneous step ends.
     ranks : scheduler per data-parallel rank, numbered over all replicas from ``first_rank`` on.
     exchange : whether the ranks share experts (expert parallelism), see `step_time.lockstep`.
+    steps_ahead : steps decided before the running one ends, 0 or 1 (asynchronous scheduling).
     finished : called with rank number and request when a request has its last token.
     """
 
@@ -50,6 +55,7 @@ class Replica:
         first_rank: int,
         ranks: list[Scheduler],
         exchange: bool,
+        steps_ahead: int,
         table: TickTable,
         recorder: Recorder,
         finished: Callable[[int, Request], None],
@@ -59,6 +65,8 @@ class Replica:
         self.first_rank = first_rank
         self._single = ranks[0] if len(ranks) == 1 else None
         self._exchange = exchange
+        self._unseen: list[list[tuple[int, Request]]] | None = [[] for _ in ranks] if steps_ahead else None
+        """Per rank, when who came since the last decision; None where the next step always sees them."""
         self._alone = replicas == 1
         self._end_priority = FIRST_STEP_END + index
         self._begin_priority = FIRST_STEP_END + replicas
@@ -76,7 +84,10 @@ class Replica:
         """Queue a request at one rank now."""
         scheduler = self.ranks[rank - self.first_rank]
         heeded = scheduler.heeds_arrivals
-        scheduler.waiting.append(request)
+        if self._unseen is None:
+            scheduler.waiting.append(request)
+        else:
+            self._unseen[rank - self.first_rank].append((self.clock.now, request))
         if self.eventless:
             return
         if self._awaited is None:  # asleep; others may arrive at this instant
@@ -106,6 +117,31 @@ class Replica:
 
     def _plan(self, now: int) -> bool:
         """Form the next batch; whether there is one."""
+        if self._unseen is None:
+            return self._form(now)
+        if self._steps > 1 and any(self._unseen):  # none could join before; but all but the last step's are known
+            self._see_arrivals(self._start + window_ticks(self._first, self._growth, self._steps - 1))
+        formed = self._form(now)
+        joining = self._see_arrivals(now)
+        if not formed:
+            return self._form(now)
+        if joining:
+            self._steps = 1
+        return True
+
+    def _see_arrivals(self, until: int) -> bool:
+        """Queue who came ``until`` a tick; whether one of them could join the step after the one decided."""
+        assert self._unseen is not None
+        joining = False
+        for scheduler, came in zip(self.ranks, self._unseen, strict=True):
+            if came:
+                joining |= scheduler.heeds_arrivals
+                scheduler.waiting.extend(request for tick, request in came if tick <= until)
+                came[:] = [entry for entry in came if entry[0] > until]
+        return joining
+
+    def _form(self, now: int) -> bool:
+        """Let the schedulers form the next batch of whom they see; whether there is one."""
         if self._single is not None:
             steps = self._single.plan(now)
             first, growth = single_step(self._table, self._single) if steps else (0, 0)
@@ -189,6 +225,8 @@ class Replica:
                 self._account(done, last)
             self._stepping = False
         self._awaited = None
+        if self._unseen is not None:
+            self._see_arrivals(self.clock.now)
         return [
             (rank, request)
             for rank, scheduler in enumerate(self.ranks, start=self.first_rank)
@@ -208,6 +246,8 @@ class Replica:
 
     def close(self) -> None:
         """The run is over: log the steps under way (the metrics cut them at its end) and whoever is still here."""
+        if self._unseen is not None:
+            self._see_arrivals(self.clock.now)
         for rank, scheduler in enumerate(self.ranks, start=self.first_rank):
             decoding = scheduler.stepping
             if self._stepping and (decoding or scheduler.chunks):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 
-from reference.sim_stepwise import Job, Rank, step_time, ticks
+from reference.sim_stepwise import Job, Rank, plan_together, step_time, ticks
 
 from simmoe.sim.arrivals import Streams, arrival_ticks, length_pairs, think_ticks
 from simmoe.sim.routers import ROUTERS
@@ -18,8 +18,9 @@ from simmoe.sim.ticks import TICKS_PER_S
 class Engines:
     """The engines of one pool."""
 
-    def __init__(self, table, deployment, kv_tokens, policy, route):
+    def __init__(self, table, deployment, kv_tokens, policy, route, steps_ahead=0):
         d = deployment
+        self.steps_ahead = steps_ahead
         self.table, self.exchange, self.dp, self.route = table, d.ep > 1, d.dp, route
         total = kv_tokens // d.dp // d.kv_block_size
         self.engines = [
@@ -39,7 +40,7 @@ class Engines:
             return
         target = taking[0] if len(taking) == 1 else self.route(None, self.outstanding, taking)
         self.outstanding[target] += 1
-        self.ranks[target].waiting.append(job)
+        self.ranks[target].unseen.append(job)
 
     def finish(self, e, now):
         """Complete a step that ends now; yield (rank, job) of who is done, one after another."""
@@ -51,9 +52,8 @@ class Engines:
 
     def begin(self, e, now):
         engine = self.engines[e]
-        if self.ends[e] is None and self.up[e] and any(rank.running or rank.waiting for rank in engine):
-            for rank in engine:
-                rank.plan(now)
+        if self.ends[e] is None and self.up[e] and any(rank.running or rank.waiting or rank.unseen for rank in engine):
+            plan_together(engine, now, self.steps_ahead)
             self.ends[e] = now + step_time(self.table, engine, self.exchange)
 
     def fail(self, e):
@@ -63,8 +63,8 @@ class Engines:
             rank = self.ranks[r]
             for job in rank.running:
                 job.preemptions += 1
-            left = [*rank.running, *rank.waiting]
-            rank.running, rank.waiting, rank.work, rank.free = [], [], [], rank.total
+            left = [*rank.running, *rank.waiting, *rank.unseen]
+            rank.running, rank.waiting, rank.unseen, rank.work, rank.free = [], [], [], [], rank.total
             for job in left:
                 job.blocks = job.computed = 0
                 job.decoding = False
@@ -75,16 +75,16 @@ class Engines:
 
 def simulate_cluster(
     table, workload, deployment, kv_tokens, *, requests, seed, router="least_outstanding", policy="vllm",
-    failures=None, decode=None, transfer=None,
+    failures=None, decode=None, transfer=None, steps_ahead=0,
 ):  # fmt: skip
     """Serve ``requests`` requests; ``decode``: (table, deployment, kv_tokens) of the second pool. Returns the jobs."""
     streams = Streams.of(seed)
     lengths = length_pairs(workload, streams)
     thinking = think_ticks(workload, streams)
-    first = Engines(table, deployment, kv_tokens, policy, ROUTERS[router](streams.routing))
+    first = Engines(table, deployment, kv_tokens, policy, ROUTERS[router](streams.routing), steps_ahead)
     pools = [first]
     if decode is not None:
-        pools.append(Engines(*decode, "vllm", ROUTERS[router](streams.routing)))
+        pools.append(Engines(*decode, "vllm", ROUTERS[router](streams.routing), steps_ahead))
     jobs = {}
     events = []  # (time, order of coming up, what)
     came = 0

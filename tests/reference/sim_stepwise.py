@@ -42,6 +42,7 @@ class Rank:
         self.total, self.free, self.block = total_blocks, total_blocks, block
         self.max_seqs, self.budget, self.policy = max_seqs, budget, policy
         self.waiting, self.running, self.work = [], [], []
+        self.unseen = []  # came since the last decision
 
     def grow(self, job, tokens):
         """Give the job blocks for ``tokens`` more tokens, or say that there are too few."""
@@ -166,6 +167,24 @@ class Rank:
         return done
 
 
+def plan_together(engine, now, steps_ahead):
+    """Decide a step; with one decided ahead, those who just came are in it only if there is nothing else to do."""
+    if not steps_ahead:
+        see(engine)
+    for rank in engine:
+        rank.plan(now)
+    see(engine)
+    if not any(rank.work for rank in engine):
+        for rank in engine:
+            rank.plan(now)
+
+
+def see(engine):
+    for rank in engine:
+        rank.waiting += rank.unseen
+        rank.unseen = []
+
+
 def step_time(table, ranks, exchange):
     """A step's time from the definition of StepTable, every entry rounded to ticks. [ticks]"""
     dp = len(ranks)
@@ -190,7 +209,7 @@ def step_time(table, ranks, exchange):
 
 
 def simulate_stepwise(
-    table, workload, deployment, kv_tokens, *, requests, seed, router="least_outstanding", policy="vllm"
+    table, workload, deployment, kv_tokens, *, requests, seed, router="least_outstanding", policy="vllm", steps_ahead=0
 ):
     """Serve exactly ``requests`` requests. Returns jobs by index, and indices of the refused."""
     streams = Streams.of(seed)
@@ -219,7 +238,7 @@ def simulate_stepwise(
                 target = 0 if len(ranks) == 1 else route(None, outstanding, range(len(ranks)))
                 jobs[job.index] = job
                 outstanding[target] += 1
-                ranks[target].waiting.append(job)
+                ranks[target].unseen.append(job)
                 return
             refused.append(job.index)
             if workload.concurrency is None:
@@ -248,9 +267,8 @@ def simulate_stepwise(
                         if workload.concurrency is not None:
                             issue(now)
         for e, engine in enumerate(engines):
-            if ends[e] is None and any(rank.running or rank.waiting for rank in engine):
-                for rank in engine:
-                    rank.plan(now)
+            if ends[e] is None and any(rank.running or rank.waiting or rank.unseen for rank in engine):
+                plan_together(engine, now, steps_ahead)
                 ends[e] = now + step_time(table, engine, deployment.ep > 1)
         upcoming = [t for t in [arrival, *ends] if t is not None]
         if not upcoming:
