@@ -373,7 +373,7 @@ class Engine:
         detail = StepDetail(grid, parts, dict(self.sigma), self._host_per_sequence, rows)
         return StepTable(
             token_s, head, base_s, slope_s, float(floor), float(linear), float(quadratic), detail, mixed_base_s,
-            mixed_slope_s,
+            mixed_slope_s, self.parameters.steps_ahead,
         )  # fmt: skip
 
 

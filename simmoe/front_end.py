@@ -2,17 +2,23 @@
 
 Model: a constant, a share per request being served, for the front end's event loop also streams their tokens, and a
 share per token of the prompt.
-Delays the first token and the end alike; gaps between tokens and throughput stay. Left out: saturation of the front
-end, start-up costs of the first requests; clients of a closed loop who wait here count as in the engine. Estimated by
-`simmoe.engine_calibration`, see simmoe/specs/engines.yaml.
+Delays the first token and the end; gaps between tokens at the engine and throughput stay. In closed form one delay
+holds for all requests; a simulation counts who runs when a request's first and last token come.
+Left out: saturation of the front end, start-up costs of the first requests; clients of a closed loop who wait here
+count as in the engine. Estimated by `simmoe.engine_calibration`, see simmoe/specs/engines.yaml.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from simmoe.metrics import Quantiles, ServingMetrics
+import numpy as np
+from numpy.typing import NDArray
+
+from simmoe.metrics import Quantiles, RequestTable, ServingMetrics, StepLog
 from simmoe.specs.engines import EngineParameters
+
+Array = NDArray[np.float64]
 
 
 def front_end_s(parameters: EngineParameters, running: float, input_tokens: float) -> float:
@@ -32,3 +38,35 @@ def delayed(metrics: ServingMetrics, parameters: EngineParameters, input_tokens:
         return replace(q, mean=q.mean + delay, p50=q.p50 + delay, p90=q.p90 + delay, p99=q.p99 + delay)
 
     return replace(metrics, ttft=later(metrics.ttft), e2e=later(metrics.e2e))
+
+
+def at_client(
+    requests: RequestTable, steps: StepLog, parameters: EngineParameters, ranks_per_replica: int
+) -> RequestTable:
+    """Simulated requests with first and last token when the client has them; a replica's ranks share a front end."""
+    delay_s = parameters.front_end_time + parameters.front_end_time_per_token * requests.input_tokens
+    each = parameters.front_end_time_per_request
+    return replace(
+        requests,
+        first_token_s=requests.first_token_s
+        + delay_s
+        + each * _running(requests.first_token_s, requests.rank, steps, ranks_per_replica),
+        finished_s=requests.finished_s
+        + delay_s
+        + each * _running(requests.finished_s, requests.rank, steps, ranks_per_replica),
+    )
+
+
+def _running(times_s: Array, rank: NDArray[np.int64], steps: StepLog, ranks_per_replica: int) -> Array:
+    """Requests in the step that ends at each time, over the ranks of the replica that ``rank`` belongs to."""
+    replica = rank // ranks_per_replica
+    end_s = steps.start_s + steps.duration_s
+    total = np.zeros(len(times_s))
+    for one in np.unique(steps.rank).astype(np.int64).tolist():
+        rows = np.flatnonzero(steps.rank == one)
+        rows = rows[np.argsort(steps.start_s[rows], kind="stable")]
+        here = np.flatnonzero(replica == one // ranks_per_replica)
+        at = rows[np.maximum(np.searchsorted(steps.start_s[rows], times_s[here]) - 1, 0)]
+        working = (steps.start_s[at] < times_s[here]) & (end_s[at] >= times_s[here] * (1 - 1e-12))
+        total[here] += np.where(working, steps.running[at], 0.0)
+    return total

@@ -45,6 +45,7 @@ class Curve:
     beside : decoding requests in such a step. [requests]
     limit : what ends the curve: "KV cache", "max_num_seqs" or "token budget".
     token_budget : most tokens in one step. [tokens]
+    steps_ahead : steps decided before the running one ends, 0 or 1.
     """
 
     in_flight: Array
@@ -61,6 +62,7 @@ class Curve:
     beside: Array
     limit: str
     token_budget: float
+    steps_ahead: int = 0
 
     @property
     def peak(self) -> int:
@@ -157,7 +159,7 @@ def load_curve(table: StepTable, deployment: Deployment, workload: Workload, kv_
         "beside": beside,
     }
     at_n = {name: np.interp(n, in_flight, column) for name, column in columns.items()}
-    return Curve(in_flight=n, **at_n, limit=limit, token_budget=budget)
+    return Curve(in_flight=n, **at_n, limit=limit, token_budget=budget, steps_ahead=table.steps_ahead)
 
 
 def _decode_s(table: StepTable, decoding: Array, context: Array) -> Array:

@@ -1,8 +1,7 @@
 """A scenario simulated: step table from the engine, runs of the event simulation, what a client sees of them.
 
 Adds to `sim.cluster.simulate` what needs the model and the engine: KV capacity, transfer between pools, the front end's
-delay, replications, and whether the load could be carried at all. The delay is one number per run (`front_end`), so it
-shifts percentiles; gaps between tokens are the engine's.
+delay (`front_end`), replications, and whether the load could be carried at all. Gaps between tokens are the engine's.
 Left out: an interval for errors of the step times themselves; `simmoe predict` gives that one.
 """
 
@@ -18,9 +17,9 @@ from functools import cached_property
 import numpy as np
 
 from simmoe.costs.memory import MemoryFootprint
-from simmoe.front_end import delayed, front_end_s
+from simmoe.front_end import at_client
 from simmoe.metrics import Quantiles, RequestTable, ServingMetrics, meets
-from simmoe.output_analysis import t_interval
+from simmoe.output_analysis import batch_means_interval, t_interval
 from simmoe.predict import compiled_for
 from simmoe.provenance import Provenance, stamp
 from simmoe.series import Series, StageMetrics, interval_series, stage_metrics
@@ -124,7 +123,6 @@ def run_scenario(scenario: Scenario, done: Callable[[int, int], None] = lambda _
                 seed=plan.seed + i,
                 warmup=plan.warmup,
                 keep_load=not plan.drain,
-                steps_ahead=parts.engine.parameters.steps_ahead,
                 cluster=s.cluster,
                 handover=handover,
             )
@@ -178,21 +176,26 @@ def _mean_quantiles(points: Sequence[tuple[float, ...]]) -> Quantiles:
 def _as_seen(run: SimulationResult, s: Scenario, parameters: EngineParameters) -> ServingMetrics:
     """Metrics with the front end's delay, a front end per replica; goodput counts it too."""
     engine = run.metrics
-    prompt = s.workload.input.mean
-    shared = dataclasses.replace(engine, mean_running=engine.mean_running / s.deployment.replicas)
-    delay = front_end_s(parameters, shared.mean_running, prompt)
-    seen = dataclasses.replace(delayed(shared, parameters, prompt), mean_running=engine.mean_running)
-    intervals = {
-        name: (low + delay, high + delay) if name in ("ttft", "e2e") else (low, high)
-        for name, (low, high) in engine.interval_90.items()
-    }
+    if not engine.requests:
+        return engine
+    measured = _measured(run)
+    kept = measured.where(np.arange(len(measured)) >= len(measured) - engine.requests)
+    decoding = s.cluster.disaggregation.decode if s.cluster.disaggregation else s.deployment
+    seen = at_client(kept, run.steps, parameters, decoding.dp)
+    tpot_s = seen.tpot_s[seen.output_tokens > 1]
+    latencies = {"ttft": seen.ttft_s, "tpot": tpot_s, "e2e": seen.e2e_s}
+    intervals = {name: batch_means_interval(values) for name, values in latencies.items()}
     goodput = engine.goodput_requests_per_s
-    if s.workload.objective is not None and engine.requests:
-        measured = _measured(run)
-        kept = measured.where(np.arange(len(measured)) >= len(measured) - engine.requests)
-        later = dataclasses.replace(kept, first_token_s=kept.first_token_s + delay, finished_s=kept.finished_s + delay)
-        goodput = engine.requests_per_s * float(meets(later, s.workload.objective).mean())
-    return dataclasses.replace(seen, interval_90=intervals, goodput_requests_per_s=goodput)
+    if s.workload.objective is not None:
+        goodput = engine.requests_per_s * float(meets(seen, s.workload.objective).mean())
+    return dataclasses.replace(
+        engine,
+        ttft=Quantiles.of(seen.ttft_s),
+        tpot=Quantiles.of(tpot_s),
+        e2e=Quantiles.of(seen.e2e_s),
+        interval_90=engine.interval_90 | {name: pair for name, pair in intervals.items() if pair is not None},
+        goodput_requests_per_s=goodput,
+    )
 
 
 def _measured(run: SimulationResult) -> RequestTable:
@@ -234,12 +237,7 @@ def _handover(s: Scenario) -> Handover | None:
     if rule is None:
         return None
     parts = compiled_for(s.hardware, s.model, rule.decode, s.workload)
-    setup = PoolSetup(
-        table=parts.table,
-        deployment=rule.decode,
-        kv_tokens=parts.memory.kv_tokens,
-        steps_ahead=parts.engine.parameters.steps_ahead,
-    )
+    setup = PoolSetup(table=parts.table, deployment=rule.decode, kv_tokens=parts.memory.kv_tokens)
     return Handover(decode=setup, transfer=transfer_of(s.model, s.deployment, rule, s.hardware))
 
 

@@ -3,7 +3,9 @@
 Model: continuous batching as a load-dependent server whose throughput X(N) with N requests in flight is tabulated in
 `simmoe.load_curve`. Closed loop: N is the concurrency. Open loop: the number in the system is the birth-death chain
 with birth rate lambda and death rate X(n) (flow-equivalent server; Lazowska et al., Quantitative System Performance,
-1984, ch. 8), and a request's latencies follow from what its arrival meets. Left out: the start's transient, preemption.
+1984, ch. 8), and a request's latencies follow from what its arrival meets. With asynchronous scheduling the step after
+the one that an arrival meets is decided already, so a newcomer waits for it too, unless the engine is idle.
+Left out: the start's transient, preemption.
 """
 
 from __future__ import annotations
@@ -46,19 +48,30 @@ def _closed(
     curve: Curve, deployment: Deployment, workload: Workload, kv_tokens: float, clients: float
 ) -> tuple[ServingMetrics, str]:
     top = float(curve.in_flight[-1])
-    running = min(clients, top)
+    # equal outputs keep cohorts together, each prefilled in the step after the last one's
+    equal = workload.output.kind == "fixed"
+    cohorts = max(1.0, min(clients, top) * workload.input.mean / curve.token_budget) if equal else 1.0
+    one_cohort = equal and cohorts == 1.0
+    # who ends sends again at once and waits for the step decided ahead, if anybody is left to step
+    ahead = 0.0 if one_cohort else curve.steps_ahead * min(1.0, max(0.0, clients - 1.0))
+    delay_s = curve.decode_step_s if equal else curve.step_s
+    here = curve.in_flight + ahead * curve.requests_per_s * delay_s
+    running = min(clients, top) if not ahead else float(np.interp(clients, here, curve.in_flight))
     at = _at(curve, running)
     waiting = max(0.0, clients - running)
     throughput, prefill = at["requests_per_s"], at["prefill_s"]
     output = workload.output.mean
     queue = waiting / throughput
-    ttft_mean = queue + prefill
-    # a second cohort may be due in the same step and be prefilled one step later
-    one_cohort = workload.output.kind == "fixed" and running * workload.input.mean <= curve.token_budget
+    # that step is mostly the last cohort's prompts, which a cohort that waits does not meet while it decodes
+    queued = clients > here[-1]
+    mostly = 0.0 if queued or output <= 1 else ahead * (1 - 1 / cohorts)
+    met_waiting = mostly * (at["mixed_step_s"] - at["decode_step_s"])
+    ttft_mean = queue + prefill + met_waiting
+    at["tpot_s"] -= met_waiting / max(output - 1, 1.0)
     ttft = Quantiles(mean=ttft_mean, p50=ttft_mean, p90=ttft_mean, p99=ttft_mean + (0.0 if one_cohort else prefill))
     tpot = _around(at["tpot_s"])
     itl = _itl(at["decode_step_s"], at["mixed_step_s"], at["mixed_share"])
-    bound = curve.limit if waiting > 0 else "concurrency"
+    bound = curve.limit if queued else "concurrency"
     return (
         _metrics(
             deployment,
@@ -153,9 +166,9 @@ def _open_ttft(
 ) -> Quantiles:
     """Time to first token under Poisson arrivals.
 
-    The rest of the running step (long steps are met more often), then the step that carries the prompt together with
-    the prompts that arrived during the same step, more steps if the token budget does not hold them, and, with
-    probability ``p_full``, an exponential wait for a slot before all that.
+    The rest of the running step (long steps are met more often) and the one decided ahead, if the engine does so, then
+    the step that carries the prompt together with the prompts that arrived during the same step, more steps if the
+    token budget does not hold them, and, with probability ``p_full``, an exponential wait for a slot before all that.
     """
     # at most 24 representative states: the mass between two quantiles stands at its mean
     edges = np.searchsorted(np.cumsum(p), np.linspace(0, 1, 25)[1:-1] * p.sum())
@@ -173,8 +186,14 @@ def _open_ttft(
     uniform = (np.arange(6) + 0.5) / 6
     others = np.arange(5.0)
     values, weights = [], []
-    met = ((at["decode_step_s"], (1 - idle) * (1 - into_long)), (at["mixed_step_s"], (1 - idle) * into_long))
-    for landed, chance in met:
+    short_or_long = ((at["decode_step_s"], 1 - at["mixed_share"]), (at["mixed_step_s"], at["mixed_share"]))
+    decided = short_or_long if curve.steps_ahead else ((np.zeros_like(states), np.ones_like(states)),)
+    met = [
+        (landed, next_s, (1 - idle) * chance * next_chance)
+        for landed, chance in ((at["decode_step_s"], 1 - into_long), (at["mixed_step_s"], into_long))
+        for next_s, next_chance in decided
+    ]
+    for landed, next_s, chance in met:
         mean_others = (rate * landed)[:, None]
         poisson = np.exp(-mean_others) * mean_others**others / np.array([1.0, 1.0, 2.0, 6.0, 24.0])
         poisson[:, -1] += 1 - poisson.sum(axis=1)
@@ -182,12 +201,13 @@ def _open_ttft(
         more_steps = steps - np.ceil(workload.input.mean / room[:, None])
         company = np.maximum(others - (cohort[:, None] - 1), 0.0) * marginal[:, None] * (more_steps == 0)
         own = at["prefill_s"][:, None] + company + more_steps * at["mixed_step_s"][:, None]
-        values.append((landed[:, None, None] * uniform[:, None] + own[:, None, :]).ravel())
+        before = landed[:, None] * uniform + next_s[:, None]
+        values.append((before[:, :, None] + own[:, None, :]).ravel())
         joint = (mass * chance)[:, None, None] * poisson[:, None, :] / 6
         weights.append((joint * np.ones((1, 6, 1))).ravel())
+    late = float(values[-1].max(initial=0.0)) if p_full > 0 else 0.0
     values.append(at["prefill_s"])
     weights.append(mass * idle)
-    late = float(values[1].max(initial=0.0)) if p_full > 0 else 0.0
     values.append(late + slot_wait_s * (-np.log1p(-(np.arange(64) + 0.5) / 64)))
     weights.append(np.full(64, p_full / 64))
     return _weighted_quantiles(np.concatenate(values), np.concatenate(weights))

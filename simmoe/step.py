@@ -111,6 +111,7 @@ class StepTable:
     with new, pairs = sums over the step's prompt chunks of new and of new * cached + new * (new + 1) / 2:
     attention kernels take all chunks of a step in one launch. With data-parallel ranks, counts are the whole
     replica's, evenly spread over the ranks.
+    ``steps_ahead``: steps decided before the running one ends, 0 or 1 (asynchronous scheduling).
     """
 
     token_s: Array
@@ -123,6 +124,7 @@ class StepTable:
     detail: StepDetail | None = None
     mixed_base_s: Array | None = None
     mixed_per_context_s: Array | None = None
+    steps_ahead: int = 0
 
     @property
     def max_tokens(self) -> int:

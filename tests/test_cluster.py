@@ -1,6 +1,7 @@
 """Clusters: failures, autoscaling, prefill and decode apart, think times; against twins, theory and conservation."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -67,9 +68,9 @@ def loops(draw, most_in=40, most_out=50):
 )
 def test_failing_replicas_equal_the_twin(workload, replicas, dp, kv_tokens, seed, policy, between, restart, ahead):
     deployment = SMALL.vary(gpus=replicas * dp, dp=dp)
-    table = make_table(64 * dp, 8 * dp)
+    table = replace(make_table(64 * dp, 8 * dp), steps_ahead=ahead)
     failures = Failures(mean_time_between=between, restart_time=restart)
-    options = {"requests": 25, "seed": seed, "policy": policy, "steps_ahead": ahead}
+    options = {"requests": 25, "seed": seed, "policy": policy}
     jobs = simulate_cluster(table, workload, deployment, kv_tokens * dp, failures=failures, **options)
     result = simulate(
         table, workload, deployment, kv_tokens * dp, keep_load=False, warmup=0.0,
@@ -96,12 +97,13 @@ def test_failing_replicas_equal_the_twin(workload, replicas, dp, kv_tokens, seed
 )
 def test_prefill_and_decode_apart_equal_the_twin(workload, prefill, decode, kv_in, kv_out, seed, transfer, ahead):
     pools = (SMALL.vary(gpus=prefill), SMALL.vary(gpus=decode, max_num_seqs=4, kv_block_size=4))
-    second = (make_table(64, 4, slope=2e-4), pools[1], kv_out)
-    options = {"requests": 25, "seed": seed, "steps_ahead": ahead}
-    jobs = simulate_cluster(TABLE, workload, pools[0], kv_in, decode=second, transfer=transfer, **options)
-    setup = PoolSetup(table=second[0], deployment=second[1], kv_tokens=second[2], steps_ahead=ahead)
+    table = replace(TABLE, steps_ahead=ahead)
+    second = (replace(make_table(64, 4, slope=2e-4), steps_ahead=ahead), pools[1], kv_out)
+    options = {"requests": 25, "seed": seed}
+    jobs = simulate_cluster(table, workload, pools[0], kv_in, decode=second, transfer=transfer, **options)
+    setup = PoolSetup(table=second[0], deployment=second[1], kv_tokens=second[2])
     result = simulate(
-        TABLE, workload, pools[0], kv_in, keep_load=False, warmup=0.0,
+        table, workload, pools[0], kv_in, keep_load=False, warmup=0.0,
         handover=Handover(decode=setup, transfer=transfer), **options,
     )  # fmt: skip
     assert_equal_to_twin(result, jobs)

@@ -1,5 +1,7 @@
 """The fast-forwarded simulation equals the step-by-step twin, to the last bit of every time."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -74,8 +76,8 @@ def scenarios(draw):
 )
 def test_fast_forward_equals_stepping_one_at_a_time(scenario, seed, router, policy, steps_ahead):
     deployment, workload, kv_tokens = scenario
-    table = make_table(deployment.tokens_per_replica, deployment.requests_per_replica)
-    options = {"requests": 40, "seed": seed, "router": router, "policy": policy, "steps_ahead": steps_ahead}
+    table = replace(make_table(deployment.tokens_per_replica, deployment.requests_per_replica), steps_ahead=steps_ahead)
+    options = {"requests": 40, "seed": seed, "router": router, "policy": policy}
     jobs, refused = simulate_stepwise(table, workload, deployment, kv_tokens, **options)
     if not jobs:
         with pytest.raises(CapacityError):

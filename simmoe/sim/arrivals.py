@@ -11,7 +11,7 @@ Left out: dependence between input and output length, conversations. Checked in:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +39,14 @@ class Streams:
     def of(cls, seed: int) -> Streams:
         """Spawn the streams of a run."""
         return cls(*(np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(7)))
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """Requests of one run, in order of arrival: when each came [ticks], and its shape as `shapes` gives it."""
+
+    arrivals: Sequence[int]
+    shapes: Sequence[tuple[int, int, Segments]]
 
 
 def draw_lengths(lengths: Lengths, n: int, rng: np.random.Generator) -> list[int]:

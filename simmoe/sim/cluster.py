@@ -15,7 +15,7 @@ import simpy
 
 from simmoe.errors import CapacityError, SpecError
 from simmoe.metrics import RequestTable, ServingMetrics, StepLog, from_records
-from simmoe.sim.arrivals import Streams, arrival_ticks, shapes, think_ticks
+from simmoe.sim.arrivals import Recorded, Streams, arrival_ticks, shapes, think_ticks
 from simmoe.sim.autoscale import autoscaling
 from simmoe.sim.clock import At, Clock
 from simmoe.sim.disaggregated import ARRIVAL, Handover, Mover
@@ -75,9 +75,9 @@ def simulate(
     keep_load: bool = True,
     router: str | None = None,
     policy: str | None = None,
-    steps_ahead: int = 0,
     cluster: Cluster | None = None,
     handover: Handover | None = None,
+    recorded: Recorded | None = None,
 ) -> SimulationResult:
     """Play ``requests`` requests (or those that arrive in ``duration_s``) through the deployment's replicas.
 
@@ -100,12 +100,12 @@ def simulate(
     router, policy : str, optional
         Names in `routers.ROUTERS` (default: least outstanding) and `policies.POLICIES` (default: the engine's);
         they go before those of ``cluster``.
-    steps_ahead : int
-        Steps that an engine decides before the running one ends: 1 with asynchronous scheduling.
     cluster : Cluster, optional
         Router, failures and autoscaling; its disaggregation is ``handover``, made by whoever knows the model.
     handover : Handover, optional
         A pool that decodes; ``table``, ``deployment`` and ``kv_tokens`` are then those of the prefill pool.
+    recorded : Recorded, optional
+        Arrivals and shapes in place of those the workload, then an open loop, describes.
 
     Raises
     ------
@@ -117,12 +117,12 @@ def simulate(
     rules = (cluster or Cluster()).vary(
         **{name: value for name, value in (("router", router), ("policy", policy)) if value is not None}
     )
-    finite = workload.open_loop and (workload.rate is None or bool(workload.arrivals.stages))
+    finite = recorded is not None or (workload.open_loop and (workload.rate is None or bool(workload.arrivals.stages)))
     if requests is not None and duration_s is not None:
         raise SpecError("give exactly one of requests and duration_s")
     if requests is None and duration_s is None and not finite:
         raise SpecError("give exactly one of requests and duration_s: this traffic never ends")
-    if requests is not None and workload.open_loop and workload.rate is None:
+    if requests is not None and recorded is None and workload.open_loop and workload.rate is None:
         assert workload.trace is not None
         if requests > (held := len(read_trace(workload.trace))):
             raise SpecError(f"requests {requests} exceeds the {held} requests of {workload.trace.path}")
@@ -131,7 +131,6 @@ def simulate(
         deployment=deployment,
         kv_tokens=kv_tokens,
         policy=rules.policy,
-        steps_ahead=steps_ahead,
         most_replicas=rules.autoscaling.maximum if rules.autoscaling else None,
     )
     for pool in (setup, *(() if handover is None else (handover.decode,))):
@@ -141,7 +140,7 @@ def simulate(
                 f"max_num_batched_tokens {limits.max_num_batched_tokens} is below max_num_seqs "
                 f"{limits.max_num_seqs}: a step could not give every running request a token"
             )
-    run = _Cluster(setup, workload, rules, handover, seed=seed)
+    run = _Cluster(setup, workload, rules, handover, recorded, seed=seed)
     run.run(requests, None if duration_s is None else to_ticks(duration_s), keep_load=keep_load)
     return _result(run, kv_tokens, warmup, seed)
 
@@ -198,16 +197,20 @@ class _Cluster:
     """Pools, router and source of one run."""
 
     def __init__(
-        self, setup: PoolSetup, workload: Workload, rules: Cluster, handover: Handover | None, *, seed: int
-    ) -> None:
+        self, setup: PoolSetup, workload: Workload, rules: Cluster, handover: Handover | None,
+        recorded: Recorded | None, *, seed: int,
+    ) -> None:  # fmt: skip
         self.env = Clock()
         self.recorder = Recorder()
         self.workload = workload
         self.limit = 0
         """Requests with a lower index are measured."""
         streams = Streams.of(seed)
-        self._shapes = shapes(workload, streams)
-        self._arrivals = arrival_ticks(workload, streams) if workload.open_loop else iter(())
+        if recorded is not None:
+            self._shapes, self._arrivals = iter(recorded.shapes), iter(recorded.arrivals)
+        else:
+            self._shapes = shapes(workload, streams)
+            self._arrivals = arrival_ticks(workload, streams) if workload.open_loop else iter(())
         self._thinking = think_ticks(workload, streams)
         total = setup.replicas + (0 if handover is None else handover.decode.replicas)
         self.pool = Pool(

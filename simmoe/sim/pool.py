@@ -31,8 +31,6 @@ class PoolSetup:
     deployment: Deployment
     kv_tokens: int
     policy: str | None = None
-    steps_ahead: int = 0
-    """Steps decided before the running one ends, see `replica`."""
     most_replicas: int | None = None
     """With autoscaling; by default as many as the deployment has."""
 
@@ -90,7 +88,7 @@ class Pool:
                     for _ in range(dp)
                 ],
                 exchange=deployment.ep > 1,
-                steps_ahead=setup.steps_ahead,
+                steps_ahead=setup.table.steps_ahead,
                 table=table,
                 recorder=recorder,
                 finished=self._finished,

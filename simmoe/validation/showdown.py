@@ -1,6 +1,6 @@
 """The vLLM showdown: simmoe and every simulator with published predictions, on the same real runs.
 
-A run's requests are played through the engine (`simmoe.sim.replay`); the server works on after a client's time limit,
+A run's requests are played through the engine (`simmoe.sim.cluster`); the server works on after a client's time limit,
 as the traces show (nobody succeeds once the queue is that long). Figures are formed as the runs' are:
 TTFT and end-to-end time at the client, means over requests that end within the client's limit, ITL as
 (mean e2e - mean TTFT) / (mean output length - 1) with the length the client counts, output rate as tokens over the time
@@ -23,14 +23,14 @@ import yaml
 
 from simmoe.costs.memory import footprint
 from simmoe.engine import Engine
-from simmoe.errors import SimmoeError
-from simmoe.sim.kv_cache import BlockPool
-from simmoe.sim.policies import policy_named
-from simmoe.sim.replay import replay
-from simmoe.sim.scheduler import Request, Scheduler
-from simmoe.sim.ticks import TickTable, to_ticks
+from simmoe.errors import CapacityError, SimmoeError
+from simmoe.front_end import at_client
+from simmoe.sim.arrivals import Recorded
+from simmoe.sim.cluster import simulate
+from simmoe.sim.ticks import to_ticks
 from simmoe.specs.engines import EngineParameters
 from simmoe.specs.measurement import read_table
+from simmoe.specs.workload import Lengths, Workload
 from simmoe.validation.showdown_runs import PATIENCE_S, PROMPTS_PER_GROUP, Run, find, is_showdown, read_runs
 from simmoe.validation.summary import Comparison, Outcome
 
@@ -115,28 +115,27 @@ def predict_run(run: Run, parameters: EngineParameters | None = None) -> dict[st
     engine = Engine(run.hardware, run.model, deployment, parameters=parameters)
     prompt = float(run.input_tokens.mean())
     table = engine.compile(mean_context=prompt + run.output_tokens / 2, prompt_tokens=prompt)
-    ticks = TickTable.of(table, max_tokens=deployment.tokens_per_replica, max_requests=deployment.requests_per_replica)
     blocks = run.kv_blocks
     if blocks is None:
         blocks = footprint(run.model, deployment, run.hardware).kv_tokens_per_rank // deployment.kv_block_size
-    ranks = [
-        Scheduler(
-            BlockPool(blocks * deployment.kv_block_size, deployment.kv_block_size),
-            max_num_seqs=deployment.max_num_seqs,
-            max_num_batched_tokens=deployment.max_num_batched_tokens,
-            policy=policy_named("vllm"),
-            prefix_caching=deployment.prefix_caching,
-        )
-        for _ in range(deployment.dp)
-    ]
-    result = replay(ticks, _requests(run), ranks, steps_ahead=parameters.steps_ahead, exchange=deployment.ep > 1)
-    each = parameters.front_end_time_per_request
-    ttft = result.first_token_s - run.arrival_s + parameters.front_end_time + each * result.running_at_first
-    e2e = result.finished_s - run.arrival_s + parameters.front_end_time + each * result.running_at_end
+    result = simulate(
+        table,
+        Workload(rate=1.0, input=Lengths(mean=prompt), output=Lengths(mean=run.output_tokens)),
+        deployment,
+        blocks * deployment.kv_block_size * deployment.dp,
+        requests=len(run.arrival_s),
+        warmup=0.0,
+        keep_load=False,
+        recorded=_recorded(run),
+    )
+    if result.refused:
+        raise CapacityError(f"{result.refused} requests need more KV cache than there is")
+    seen = at_client(result.requests, result.steps, parameters, deployment.dp)
     everybody = np.ones(run.stage.shape, dtype=bool)
     sigma = _log_sigma(engine, run)
     stages = {"all": everybody} | {str(n): run.stage == n for n in np.unique(run.stage)}
-    return {name: _figures(run, ttft, e2e, result.finished_s, mask, sigma) for name, mask in stages.items()}
+    finished = result.requests.finished_s
+    return {name: _figures(run, seen.ttft_s, seen.e2e_s, finished, mask, sigma) for name, mask in stages.items()}
 
 
 def _figures(run: Run, ttft: Any, e2e: Any, finished: Any, mine: Any, sigma: float) -> Figures:
@@ -167,15 +166,13 @@ def _log_sigma(engine: Engine, run: Run) -> float:
     return engine.step(Batch(running, running * context)).log_sigma
 
 
-def _requests(run: Run) -> list[Request]:
-    requests = []
-    for i, (arrival, prompt, tokens) in enumerate(
-        zip(run.arrival_s.tolist(), run.prompt.tolist(), run.input_tokens.tolist(), strict=True)
-    ):
+def _recorded(run: Run) -> Recorded:
+    shapes = []
+    for prompt, tokens in zip(run.prompt.tolist(), run.input_tokens.tolist(), strict=True):
         shared = min(run.shared_tokens, tokens - 1)
         segments = ((-1 - prompt // PROMPTS_PER_GROUP, shared), (prompt, tokens - shared))
-        requests.append(Request(i, to_ticks(arrival), tokens, run.output_tokens, tuple(s for s in segments if s[1])))
-    return requests
+        shapes.append((tokens, run.output_tokens, tuple(s for s in segments if s[1])))
+    return Recorded([to_ticks(second) for second in run.arrival_s.tolist()], shapes)
 
 
 def parameters_for(run: Run) -> EngineParameters:

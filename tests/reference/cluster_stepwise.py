@@ -18,9 +18,8 @@ from simmoe.sim.ticks import TICKS_PER_S
 class Engines:
     """The engines of one pool."""
 
-    def __init__(self, table, deployment, kv_tokens, policy, route, steps_ahead=0):
+    def __init__(self, table, deployment, kv_tokens, policy, route):
         d = deployment
-        self.steps_ahead = steps_ahead
         self.table, self.exchange, self.dp, self.route = table, d.ep > 1, d.dp, route
         total = kv_tokens // d.dp // d.kv_block_size
         self.engines = [
@@ -53,7 +52,7 @@ class Engines:
     def begin(self, e, now):
         engine = self.engines[e]
         if self.ends[e] is None and self.up[e] and any(rank.running or rank.waiting or rank.unseen for rank in engine):
-            plan_together(engine, now, self.steps_ahead)
+            plan_together(engine, now, self.table.steps_ahead)
             self.ends[e] = now + step_time(self.table, engine, self.exchange)
 
     def fail(self, e):
@@ -75,16 +74,16 @@ class Engines:
 
 def simulate_cluster(
     table, workload, deployment, kv_tokens, *, requests, seed, router="least_outstanding", policy="vllm",
-    failures=None, decode=None, transfer=None, steps_ahead=0,
+    failures=None, decode=None, transfer=None,
 ):  # fmt: skip
     """Serve ``requests`` requests; ``decode``: (table, deployment, kv_tokens) of the second pool. Returns the jobs."""
     streams = Streams.of(seed)
     lengths = length_pairs(workload, streams)
     thinking = think_ticks(workload, streams)
-    first = Engines(table, deployment, kv_tokens, policy, ROUTERS[router](streams.routing), steps_ahead)
+    first = Engines(table, deployment, kv_tokens, policy, ROUTERS[router](streams.routing))
     pools = [first]
     if decode is not None:
-        pools.append(Engines(*decode, "vllm", ROUTERS[router](streams.routing), steps_ahead))
+        pools.append(Engines(*decode, "vllm", ROUTERS[router](streams.routing)))
     jobs = {}
     events = []  # (time, order of coming up, what)
     came = 0

@@ -209,7 +209,7 @@ def step_time(table, ranks, exchange):
 
 
 def simulate_stepwise(
-    table, workload, deployment, kv_tokens, *, requests, seed, router="least_outstanding", policy="vllm", steps_ahead=0
+    table, workload, deployment, kv_tokens, *, requests, seed, router="least_outstanding", policy="vllm"
 ):
     """Serve exactly ``requests`` requests. Returns jobs by index, and indices of the refused."""
     streams = Streams.of(seed)
@@ -268,7 +268,7 @@ def simulate_stepwise(
                             issue(now)
         for e, engine in enumerate(engines):
             if ends[e] is None and any(rank.running or rank.waiting or rank.unseen for rank in engine):
-                plan_together(engine, now, steps_ahead)
+                plan_together(engine, now, table.steps_ahead)
                 ends[e] = now + step_time(table, engine, deployment.ep > 1)
         upcoming = [t for t in [arrival, *ends] if t is not None]
         if not upcoming:
