@@ -161,8 +161,15 @@ def predict(hardware: Hardware, model: Model, deployment: Deployment, workload: 
         throughput_90=(low, high),
         active_experts=parts.engine.top_k,
         engine_parameters=parts.engine.parameters,
-        notes=tuple(parts.engine.times.notes),
+        notes=(*_silent(deployment), *parts.engine.times.notes),
     )
+
+
+def _silent(deployment: Deployment) -> tuple[str, ...]:
+    """What the deployment says and the closed form does not know."""
+    if deployment.kv_offload is None:
+        return ()
+    return ("kv_offload changes nothing here: prompts found again and preemptions are what `simmoe simulate` knows",)
 
 
 def predict_caps(

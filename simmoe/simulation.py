@@ -16,6 +16,7 @@ from functools import cached_property
 
 import numpy as np
 
+from simmoe.costs.kv_offload import host_tier_of
 from simmoe.costs.memory import MemoryFootprint
 from simmoe.front_end import at_client
 from simmoe.metrics import Quantiles, RequestTable, ServingMetrics, meets
@@ -125,6 +126,7 @@ def run_scenario(scenario: Scenario, done: Callable[[int, int], None] = lambda _
                 keep_load=not plan.drain,
                 cluster=s.cluster,
                 handover=handover,
+                tier=host_tier_of(s.model, s.deployment, s.hardware),
             )
         )
         done(i + 1, plan.replications)
@@ -237,7 +239,12 @@ def _handover(s: Scenario) -> Handover | None:
     if rule is None:
         return None
     parts = compiled_for(s.hardware, s.model, rule.decode, s.workload)
-    setup = PoolSetup(table=parts.table, deployment=rule.decode, kv_tokens=parts.memory.kv_tokens)
+    setup = PoolSetup(
+        table=parts.table,
+        deployment=rule.decode,
+        kv_tokens=parts.memory.kv_tokens,
+        tier=host_tier_of(s.model, rule.decode, s.hardware),
+    )
     return Handover(decode=setup, transfer=transfer_of(s.model, s.deployment, rule, s.hardware))
 
 
@@ -261,7 +268,13 @@ def _notes(s: Scenario, runs: Sequence[SimulationResult]) -> list[str]:
     if refused := sum(run.refused for run in runs):
         notes.append(f"{refused} requests refused: longer than the KV cache")
     if preempted := sum(run.preemptions for run in runs):
-        notes.append(f"{preempted} preemptions (or losses in a failure), their tokens computed again")
+        notes.append(
+            f"{preempted} preemptions (or losses in a failure); tokens not kept in host memory are computed again"
+        )
+    if found := sum(run.found_tokens for run in runs):
+        notes.append(f"{found:,} prompt tokens found in the prefix cache")
+    if loaded := sum(run.loaded_tokens for run in runs):
+        notes.append(f"{loaded:,} tokens loaded from host memory, of prompts found there or preempted requests")
     if failed := sum(run.failures for run in runs):
         notes.append(f"{failed} failures of replicas")
     if s.workload.trace is not None:

@@ -119,6 +119,8 @@ def to_json(result: Simulated) -> dict[str, Any]:
         "series": series,
         "refused": sum(r.refused for r in result.runs),
         "preemptions": sum(r.preemptions for r in result.runs),
+        "found_tokens": sum(r.found_tokens for r in result.runs),
+        "loaded_tokens": sum(r.loaded_tokens for r in result.runs),
         "failures": sum(r.failures for r in result.runs),
         "replica_time_s": run.replica_s,
         "replicas_on": [list(change) for change in run.scaling],

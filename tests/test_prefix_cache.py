@@ -77,7 +77,7 @@ def test_tree_of_segments_finds_what_explicit_blocks_find(total: int, plan: list
         segments = ((-1 - group, 6), (question, 5 + 4 * question))  # never a whole number of blocks
         tokens = tokens_of(segments)
         path = cache.path(segments)
-        hit, idle = cache.found(path, len(tokens))
+        hit, _, idle = cache.found(path, len(tokens))
         explicit = twin.hits(tokens)
         assert hit == len(explicit)
         whole = -(-(len(tokens) + answer) // BLOCK)

@@ -8,10 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference.sim_stepwise import TICK, simulate_stepwise
 
+from simmoe.costs.kv_offload import HostTier
 from simmoe.errors import CapacityError
 from simmoe.sim.cluster import simulate
 from simmoe.specs.deployment import Deployment
-from simmoe.specs.workload import Lengths, Workload
+from simmoe.specs.workload import Lengths, Prompts, Workload
 from simmoe.step import StepTable
 
 
@@ -66,19 +67,52 @@ def scenarios(draw):
     return deployment, workload, kv_tokens
 
 
+@st.composite
+def repeated_prompts(draw):
+    """Prompts that come again, never a whole number of blocks long: the last block would be found but computed.
+
+    Under shortage one at a time on a rank: the cache holds a segment as a whole for whoever uses a part of it.
+    """
+    deployment, workload, kv_tokens = draw(scenarios())
+    if draw(st.booleans()):
+        kv_tokens = 8000 * deployment.dp
+    else:
+        deployment = deployment.vary(max_num_seqs=1)
+    block = draw(st.sampled_from([4, 16]))
+    prompt = block * draw(st.integers(0, 60 // block)) + draw(st.integers(1, block - 1))
+    prompts = Prompts(
+        distinct=(distinct := draw(st.integers(1, 12))),
+        order=draw(st.sampled_from(["round_robin", "random"])),
+        groups=draw(st.integers(1, distinct)),
+        shared_tokens=draw(st.integers(0, 70)),
+    )
+    return deployment.vary(kv_block_size=block), workload.vary(input=Lengths(mean=prompt), prompts=prompts), kv_tokens
+
+
+tiers = st.builds(
+    HostTier,
+    tokens=st.integers(0, 600),
+    seconds_per_token=st.sampled_from([0.0, 1e-5, 2e-3]),
+    latency_s=st.sampled_from([0.0, 1e-3]),
+    layerwise=st.booleans(),
+    swap=st.booleans(),
+)
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    scenarios(),
+    st.one_of(scenarios(), repeated_prompts()),
+    st.one_of(st.none(), tiers),
     st.integers(0, 2**32),
     st.sampled_from(["round_robin", "least_outstanding", "power_of_two"]),
     st.sampled_from(["vllm", "vllm", "trtllm", "sglang"]),
     st.sampled_from([0, 1]),
 )
-def test_fast_forward_equals_stepping_one_at_a_time(scenario, seed, router, policy, steps_ahead):
+def test_fast_forward_equals_stepping_one_at_a_time(scenario, tier, seed, router, policy, steps_ahead):
     deployment, workload, kv_tokens = scenario
     table = replace(make_table(deployment.tokens_per_replica, deployment.requests_per_replica), steps_ahead=steps_ahead)
-    options = {"requests": 40, "seed": seed, "router": router, "policy": policy}
-    jobs, refused = simulate_stepwise(table, workload, deployment, kv_tokens, **options)
+    options = {"requests": 40, "seed": seed, "router": router, "policy": policy, "tier": tier}
+    jobs, refused, loaded = simulate_stepwise(table, workload, deployment, kv_tokens, **options)
     if not jobs:
         with pytest.raises(CapacityError):
             simulate(table, workload, deployment, kv_tokens, keep_load=False, **options)
@@ -96,6 +130,7 @@ def test_fast_forward_equals_stepping_one_at_a_time(scenario, seed, router, poli
         (served.finished_s, [j.token_times[-1] for j in twins]),
     ):
         assert column.tolist() == [t * TICK for t in expected]
+    assert result.loaded_tokens == loaded
     assert served.preemptions.tolist() == [j.preemptions for j in twins]
     log = result.steps
     gaps = [gap for row in zip(log.first_s, log.growth_s, log.steps, log.decodes, strict=True) for gap in expand(*row)]

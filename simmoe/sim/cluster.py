@@ -13,6 +13,7 @@ from typing import Literal
 
 import simpy
 
+from simmoe.costs.kv_offload import HostTier
 from simmoe.errors import CapacityError, SpecError
 from simmoe.metrics import RequestTable, ServingMetrics, StepLog, from_records
 from simmoe.sim.arrivals import Recorded, Streams, arrival_ticks, shapes, think_ticks
@@ -45,6 +46,10 @@ class SimulationResult:
     refused: int
     """Measured requests too long for the KV cache."""
     preemptions: int
+    found_tokens: int
+    """Prompt tokens found in prefix caches, of all requests. [tokens]"""
+    loaded_tokens: int
+    """Tokens loaded from host memory. [tokens]"""
     seed: int
     policy: str
     """Scheduling policy, see `policies.POLICIES`."""
@@ -77,6 +82,7 @@ def simulate(
     policy: str | None = None,
     cluster: Cluster | None = None,
     handover: Handover | None = None,
+    tier: HostTier | None = None,
     recorded: Recorded | None = None,
 ) -> SimulationResult:
     """Play ``requests`` requests (or those that arrive in ``duration_s``) through the deployment's replicas.
@@ -104,6 +110,8 @@ def simulate(
         Router, failures and autoscaling; its disaggregation is ``handover``, made by whoever knows the model.
     handover : Handover, optional
         A pool that decodes; ``table``, ``deployment`` and ``kv_tokens`` are then those of the prefill pool.
+    tier : HostTier, optional
+        Host memory of each rank for KV blocks, see `costs.kv_offload`.
     recorded : Recorded, optional
         Arrivals and shapes in place of those the workload, then an open loop, describes.
 
@@ -131,6 +139,7 @@ def simulate(
         deployment=deployment,
         kv_tokens=kv_tokens,
         policy=rules.policy,
+        tier=tier,
         most_replicas=rules.autoscaling.maximum if rules.autoscaling else None,
     )
     for pool in (setup, *(() if handover is None else (handover.decode,))):
@@ -163,6 +172,7 @@ def _result(run: _Cluster, kv_tokens: int, warmup: float | Literal["mser"] | Non
         if workload.concurrency is not None and measured:
             warmup = min(0.5, max(warmup, workload.concurrency / measured))
     end_s = run.env.now * S_PER_TICK
+    schedulers = [rank for pool in run.pools for replica in pool.replicas for rank in replica.ranks]
     blocks = tuple(pool.blocks_per_rank for pool in run.pools for _ in pool.outstanding)
     metrics = from_records(
         accepted,
@@ -182,6 +192,8 @@ def _result(run: _Cluster, kv_tokens: int, warmup: float | Literal["mser"] | Non
         measured=run.limit,
         refused=refused,
         preemptions=int(accepted.preemptions.sum()),
+        found_tokens=sum(s.prefixes.hit_tokens for s in schedulers if s.prefixes is not None),
+        loaded_tokens=sum(s.loaded_tokens for s in schedulers),
         seed=seed,
         policy=run.pool.policy,
         failures=run.pool.failures,

@@ -2,7 +2,7 @@
 
 A policy is a function ``(scheduler, now) -> settled``: it admits and preempts through the scheduler and says whether
 the batch may be repeated until something happens (arrival, completion, blocks running out). See `POLICIES`.
-Prompts found in the prefix cache are not computed again. Left out: priorities, swapping.
+Prompts found in the prefix cache, or in host memory, are not computed again. Left out: priorities.
 """
 
 from __future__ import annotations
@@ -48,13 +48,12 @@ def vllm(s: Scheduler, now: int) -> bool:
     waiting = s.waiting
     seats = s.max_num_seqs - len(s.running)
     while waiting and seats and budget:
-        hit, idle = s.found(waiting[0])
-        cached = waiting[0].loaded or hit * pool.block_tokens
+        cached, hit, idle = s.found(waiting[0])
         new = min(waiting[0].target - cached, budget)
         blocks = pool.blocks_of(cached + new) - hit
         if blocks + idle > room:
             break
-        s.admit(new, blocks, now, cached)
+        s.admit(new, blocks, now, cached, hit)
         seats -= 1
         room -= blocks + idle
         budget -= new
@@ -82,10 +81,9 @@ def no_evict(s: Scheduler, now: int) -> bool:
         reserved += pool.blocks_of(head.input_tokens + head.output_tokens - 1)
         if reserved > pool.total:
             break
-        hit, _ = s.found(head)
-        cached = head.loaded or hit * pool.block_tokens
+        cached, hit, _ = s.found(head)
         new = min(head.target - cached, budget)
-        s.admit(new, pool.blocks_of(cached + new) - hit, now, cached)
+        s.admit(new, pool.blocks_of(cached + new) - hit, now, cached, hit)
         budget -= new
     return True
 
@@ -117,8 +115,7 @@ def prefill_first(s: Scheduler, now: int) -> bool:
         remaining = total - s.context - sum(r.target for r in s.running if r.finish_step < 0)
     while s.waiting and seats and budget:
         head = s.waiting[0]
-        hit, idle = s.found(head)
-        cached = head.loaded or hit * pool.block_tokens
+        cached, hit, idle = s.found(head)
         remaining += head.input_tokens + head.output_tokens - 1 - head.target
         promised = pool.blocks_of(head.target + int(NEW_TOKEN_RATIO * remaining))
         if promised > room and s.running:
@@ -130,7 +127,7 @@ def prefill_first(s: Scheduler, now: int) -> bool:
         blocks = pool.blocks_of(cached + new) - hit
         if blocks + idle > room:
             break
-        s.admit(new, blocks, now, cached)
+        s.admit(new, blocks, now, cached, hit)
         seats -= 1
         room -= blocks + idle
         budget -= new

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from simmoe.costs.kv_offload import HostTier
 from simmoe.sim.clock import Clock
 from simmoe.sim.kv_cache import BlockPool
 from simmoe.sim.policies import POLICY_OF_ENGINE, policy_named
@@ -31,6 +32,8 @@ class PoolSetup:
     deployment: Deployment
     kv_tokens: int
     policy: str | None = None
+    tier: HostTier | None = None
+    """Host memory of each rank for KV blocks."""
     most_replicas: int | None = None
     """With autoscaling; by default as many as the deployment has."""
 
@@ -84,6 +87,7 @@ class Pool:
                         max_num_batched_tokens=deployment.max_num_batched_tokens,
                         policy=decide,
                         prefix_caching=deployment.prefix_caching,
+                        tier=setup.tier,
                     )
                     for _ in range(dp)
                 ],

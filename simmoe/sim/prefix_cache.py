@@ -6,27 +6,33 @@ nobody uses stay until the pool needs them, least recently freed first, a reques
 is left of a prompt is always a head of it, and a tree of segments with the blocks left of each says everything.
 A prompt is segments of (identity, tokens) from its start; a block that spans two belongs to the later one. At least
 one token is always computed. A block counts as found once it has been computed.
-Left out: blocks of the answer found again by a next turn, host memory as a second tier.
-Checked in tests/test_prefix_cache.py against explicit blocks with hashes.
+With host memory behind it (`host_memory`), blocks the pool takes move there, from the end of a segment on, so that it
+holds what follows the blocks left on the device.
+Left out: blocks of the answer found again by a next turn. Held longer than in the engine: the end of a segment that
+one request computed, while another uses its beginning and computes the rest itself.
+Checked in tests/test_prefix_cache.py and, with host memory, tests/test_sim_twin.py against explicit blocks with hashes.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 
+from simmoe.sim.host_memory import HostMemory, Kept
 from simmoe.sim.kv_cache import BlockPool
 from simmoe.specs.traces import Segments
 
 
 class Node:
-    """One segment behind one head: blocks it has, how many of them are in the cache, who uses it."""
+    """One segment behind one head: blocks it has, how many are in the cache and next in host memory, who uses it."""
 
-    __slots__ = ("blocks", "key", "present", "users")
+    __slots__ = ("blocks", "host", "key", "present", "users")
 
     def __init__(self, key: tuple[object, ...], blocks: int) -> None:
         self.key = key
         self.blocks = blocks
         self.present = 0
+        self.host = 0
         self.users = 0
 
 
@@ -39,12 +45,14 @@ class PrefixCache:
     Parameters
     ----------
     pool : the rank's blocks.
+    host : where blocks go that the pool takes; None: nowhere.
     """
 
-    __slots__ = ("_idle", "_idle_blocks", "_nodes", "_pool", "hit_tokens")
+    __slots__ = ("_host", "_idle", "_idle_blocks", "_nodes", "_pool", "hit_tokens")
 
-    def __init__(self, pool: BlockPool) -> None:
+    def __init__(self, pool: BlockPool, host: HostMemory | None = None) -> None:
         self._pool = pool
+        self._host = host
         self._nodes: dict[tuple[object, ...], Node] = {}
         self._idle: OrderedDict[object, int] = OrderedDict()
         """Node, or anything else for blocks that cannot be found again -> free blocks, least recently freed first."""
@@ -53,35 +61,48 @@ class PrefixCache:
         """Prompt tokens not computed again. [tokens]"""
 
     def path(self, segments: Segments) -> list[Node]:
-        """Nodes of a prompt from its start on, made where they are new."""
+        """Nodes of a prompt from its start on, made where they are new; segments without a block go with the next."""
         self._evict()  # first: a node that is let go of after this would not be the one the next prompt finds
         nodes: list[Node] = []
         tokens = end = 0
+        key: tuple[object, ...] = (None,)
         for identity, length in segments:
-            key = (nodes[-1] if nodes else None, identity, length)
+            key += (identity, length)
             tokens += length
             blocks = tokens // self._pool.block_tokens - end
+            if not blocks:
+                continue
             end += blocks
             node = self._nodes.get(key)
             if node is None:
                 node = self._nodes[key] = Node(key, blocks)
             nodes.append(node)
+            key = (node,)
         return nodes
 
-    def found(self, path: list[Node], target: int) -> tuple[int, int]:
-        """Blocks of a prompt of ``target`` tokens that need not be computed, and idle ones that `hold` would take."""
-        self._evict()
-        most = (target - 1) // self._pool.block_tokens
-        hit = 0
-        for node in path:
-            here = min(node.present, most - hit)
-            hit += here
-            if here < node.blocks:
-                break
-        return hit, sum(node.present for node in path if not node.users)
+    def found(self, path: list[Node], target: int) -> tuple[int, int, int]:
+        """Blocks of a prompt of ``target`` tokens that need not be computed, and idle ones that `hold` would take.
 
-    def hold(self, path: list[Node]) -> None:
-        """A request uses a prompt from now on; blocks it found idle are no longer free."""
+        The former on the device and, after them, in host memory.
+        """
+        self._evict()
+        left = (target - 1) // self._pool.block_tokens
+        hit = away = 0
+        for node in path:
+            here = min(node.present, left)
+            there = min(node.host, left - here)
+            hit += here
+            away += there
+            left -= here + there
+            if here + there < node.blocks:
+                break
+        return hit, away, sum(node.present for node in path if not node.users)
+
+    def hold(self, path: list[Node], loaded: int = 0) -> None:
+        """A request uses a prompt from now on; blocks it found idle are no longer free.
+
+        ``loaded`` blocks come from host memory into blocks that the request takes, and are the prompt's from now on.
+        """
         self._evict()
         for node in path:
             node.users += 1
@@ -89,6 +110,15 @@ class PrefixCache:
                 idle = self._idle.pop(node)
                 self._idle_blocks -= idle
                 self._pool.take(idle)
+        for node in path if loaded else ():
+            if there := min(node.host, loaded):
+                loaded -= there
+                self._back(node, there)
+                node.present += there
+
+    def _back(self, node: Node, blocks: int) -> None:
+        assert self._host is not None
+        self._host.give(node, blocks)
 
     def publish(self, path: list[Node], computed_tokens: int) -> int:
         """Blocks computed so far can be found; return how many the tree now owns that were the request's own."""
@@ -99,6 +129,8 @@ class PrefixCache:
             computed -= here
             if here > node.present:
                 owned += here - node.present
+                if again := min(node.host, here - node.present):
+                    self._back(node, again)
                 node.present = here
             if here < node.blocks:
                 break
@@ -118,8 +150,8 @@ class PrefixCache:
                 pool.give_back(node.present)
                 idle[node] = node.present
                 self._idle_blocks += node.present
-            elif not node.users:
-                self._nodes.pop(node.key, None)
+            else:
+                self._forget(node)
 
     def _evict(self) -> None:
         """Let go of what the pool has handed out since the last look, least recently freed first."""
@@ -129,11 +161,22 @@ class PrefixCache:
             lost = min(blocks, gone)
             gone -= lost
             self._idle_blocks -= lost
-            if isinstance(entry, Node):
-                entry.present -= lost
             if lost == blocks:
                 del self._idle[entry]
-                if isinstance(entry, Node):
-                    self._nodes.pop(entry.key, None)
             else:
                 self._idle[entry] = blocks - lost
+            if isinstance(entry, Node):
+                entry.present -= lost
+                if self._host is not None:
+                    self.forget_all(self._host.put(entry, lost))
+                self._forget(entry)
+
+    def forget_all(self, owners: Iterable[Kept]) -> None:
+        """These have nothing left in host memory."""
+        for owner in owners:
+            assert isinstance(owner, Node)
+            self._forget(owner)
+
+    def _forget(self, node: Node) -> None:
+        if not (node.users or node.present or node.host):
+            self._nodes.pop(node.key, None)

@@ -3,7 +3,7 @@
 Model: iteration-level scheduling (Yu et al., "Orca", OSDI 2022) over a paged KV cache. Decoding requests are kept as
 sums (their number, their context, the step at which each will finish, the steps at which they need a block), so a step
 costs O(1) and a completion O(log requests); only the policies in `policies` decide who joins.
-A preempted request loses its blocks and later recomputes prompt and generated tokens (recompute, not swap).
+A preempted request loses its blocks and later recomputes prompt and generated tokens, unless host memory keeps them.
 Left out: speculative tokens, priorities, beam search.
 Checked in: tests/test_scheduler.py and, step by step, tests/reference/sim_stepwise.py.
 """
@@ -15,6 +15,8 @@ from collections import deque
 from collections.abc import Callable
 from heapq import heappop, heappush
 
+from simmoe.costs.kv_offload import HostTier
+from simmoe.sim.host_memory import HostMemory
 from simmoe.sim.kv_cache import BlockPool
 from simmoe.sim.prefix_cache import Node, PrefixCache
 from simmoe.specs.traces import Segments
@@ -41,6 +43,7 @@ class Request:
         "preemptions",
         "prompt",
         "shared",
+        "swapped",
         "target",
     )
 
@@ -70,6 +73,8 @@ class Request:
         """Blocks of it that the prefix cache owns."""
         self.loaded = 0
         """Tokens whose keys and values come with it, computed elsewhere."""
+        self.swapped = 0
+        """Tokens whose keys and values wait in host memory since a preemption."""
 
     def lose_cache(self, cached: int, now: int) -> None:
         """Its ``cached`` tokens are gone (0: still in its prompt), to be computed again; its last one came ``now``."""
@@ -78,7 +83,7 @@ class Request:
             self.target = cached + 1
             self.finish_step = -1
             self.last_token = now
-        self.cached = self.loaded = 0
+        self.cached = self.loaded = self.swapped = 0
         self.preemptions += 1
 
 
@@ -91,6 +96,7 @@ class Scheduler:
     max_num_seqs, max_num_batched_tokens : most requests running, most tokens in a step.
     policy : decides who joins the next step, see `policies.POLICIES`.
     prefix_caching : whether prompts that share a head share its blocks.
+    tier : host memory for blocks that leave the device; None: they are lost.
     """
 
     __slots__ = (
@@ -102,6 +108,9 @@ class Scheduler:
         "decoding",
         "gaps",
         "horizon",
+        "host",
+        "loaded_tokens",
+        "loading",
         "max_num_batched_tokens",
         "max_num_seqs",
         "partial",
@@ -113,6 +122,7 @@ class Scheduler:
         "running",
         "step",
         "steps",
+        "tier",
         "waiting",
     )
 
@@ -124,9 +134,16 @@ class Scheduler:
         max_num_batched_tokens: int,
         policy: Callable[[Scheduler, int], bool],
         prefix_caching: bool = True,
+        tier: HostTier | None = None,
     ) -> None:
         self.pool = pool
-        self.prefixes = PrefixCache(pool) if prefix_caching else None
+        self.tier = tier
+        self.host = None if tier is None else HostMemory(tier.tokens // pool.block_tokens)
+        self.prefixes = PrefixCache(pool, self.host) if prefix_caching else None
+        self.loading = 0
+        """Tokens that the planned step loads from host memory."""
+        self.loaded_tokens = 0
+        """Tokens loaded from there so far."""
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.policy = policy
@@ -175,6 +192,7 @@ class Scheduler:
     def plan(self, now: int) -> int:
         """Decide the next step, starting now; return for how many steps it holds (0: nothing to do)."""
         self.chunks = []
+        self.loading = 0
         self.pausing = False
         self.horizon = NEVER
         settled = self.policy(self, now)
@@ -198,23 +216,35 @@ class Scheduler:
         if not self.paused and self.decoding:
             self.paused.append((self.decoding, now))
 
-    def found(self, request: Request) -> tuple[int, int]:
-        """Blocks of a waiting request's prompt that are in the prefix cache, and how many of them count as free."""
-        if self.prefixes is None or not request.prompt or request.loaded:
-            return 0, 0
-        request.path = self.prefixes.path(request.prompt)  # anew: what it met before may have been let go of since
-        return self.prefixes.found(request.path, request.target)
+    def found(self, request: Request) -> tuple[int, int, int]:
+        """Tokens of a waiting request that need not be computed, blocks of them on the device, and idle ones it takes.
 
-    def admit(self, new: int, blocks: int, now: int, cached: int = 0) -> None:
+        The last are among the blocks on the device, but count as free until it holds them.
+        """
+        if request.loaded:
+            return request.loaded, 0, 0
+        if self.prefixes is None or not request.prompt:
+            return request.swapped, 0, 0
+        request.path = self.prefixes.path(request.prompt)  # anew: what it met before may have been let go of since
+        hit, away, idle = self.prefixes.found(request.path, request.target)
+        return request.swapped or (hit + away) * self.pool.block_tokens, hit, idle
+
+    def admit(self, new: int, blocks: int, now: int, cached: int = 0, hit: int = 0) -> None:
         """Take the head of the queue into the next step with a chunk of ``new`` tokens after ``cached`` ones.
 
-        ``blocks`` are those it takes beyond what was `found`.
+        ``blocks`` are those it takes beyond the ``hit`` ones that were `found` on the device.
         """
         request = self.waiting.popleft()
         if self.prefixes is not None and request.path:
-            self.prefixes.hold(request.path)
-            self.prefixes.hit_tokens += cached
-            request.shared = cached // self.pool.block_tokens
+            away = 0 if request.swapped else cached // self.pool.block_tokens - hit
+            self.prefixes.hold(request.path, away)
+            request.shared = hit + away
+            self.prefixes.hit_tokens += request.shared * self.pool.block_tokens
+        if self.host is not None and not request.loaded:
+            self.loading += cached - hit * self.pool.block_tokens
+            if request.swapped:
+                self.host.swap_in(self.pool.blocks_of(request.swapped))
+                request.swapped = 0
         if request.admitted < 0:
             request.admitted = now
         self.pool.take(blocks)
@@ -227,20 +257,29 @@ class Scheduler:
         request, _ = self.running.popitem()
         if request is self.partial:
             self.partial = None
-            self._free(request, request.cached)
+            cached = request.cached
+            self._free(request, cached)
             request.lose_cache(0, now)
         else:
             if self.paused:  # the newest decoding request is among the last to have paused
                 count, now = self.paused.pop()
                 if count > 1:
                     self.paused.append((count - 1, now))
-            request.lose_cache(self._stop_decoding(request), now)
+            cached = self._stop_decoding(request)
+            request.lose_cache(cached, now)
+        if self.host is not None and self.tier is not None and self.tier.swap:
+            kept, gone = self.host.swap_out(self.pool.blocks_of(cached))
+            request.swapped = cached if kept else 0
+            if self.prefixes is not None:
+                self.prefixes.forget_all(gone)
         self.waiting.appendleft(request)
 
     def abort(self, request: Request) -> None:
         """Let go of a request between two steps, unfinished."""
         if request not in self.running:
             self.waiting.remove(request)
+            if self.host is not None:
+                self.host.swap_in(self.pool.blocks_of(request.swapped))
             return
         del self.running[request]
         if request is self.partial:
@@ -272,12 +311,14 @@ class Scheduler:
                     self.paused.append((count - 1, last))
             request.lose_cache(request.input_tokens + request.output_tokens - 1 - request.finish_step + self.step, last)
         for request in self.waiting:
-            request.loaded = 0
+            request.loaded = request.swapped = 0
         left = [*self.running, *self.waiting]
         for request in left:
             request.path, request.shared = [], 0
+        if self.host is not None:
+            self.host = HostMemory(self.host.total)
         if self.prefixes is not None:
-            self.prefixes = PrefixCache(self.pool)
+            self.prefixes = PrefixCache(self.pool, self.host)
         self.running.clear()
         self.waiting.clear()
         self.partial = None
@@ -293,6 +334,7 @@ class Scheduler:
     def complete(self, steps: int, now: int) -> list[Request]:
         """Account for ``steps`` steps of the planned batch, the last ending now; return who finished, oldest first."""
         finished: list[Request] = []
+        self.loaded_tokens += self.loading
         decoding = 0 if self.pausing else self.decoding
         if decoding:
             if self.paused:  # a step planned alone: the first since the pause

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from simmoe.sim.scheduler import Scheduler
-from simmoe.sim.ticks import TickTable
+from simmoe.sim.ticks import TickTable, to_ticks
 
 
 def single_step(table: TickTable, s: Scheduler) -> tuple[int, int]:
@@ -26,7 +26,7 @@ def single_step(table: TickTable, s: Scheduler) -> tuple[int, int]:
     time = table.token[tokens + decoding] + table.head[sampled + decoding] + prefill
     if decoding:
         time += table.mixed_base[decoding] + table.mixed_per_context[decoding] * s.context
-    return time, 0
+    return (_with_loads(time, [s]) if s.loading else time), 0
 
 
 def lockstep(table: TickTable, ranks: Sequence[Scheduler], steps: int, *, exchange: bool) -> tuple[int, int, int]:
@@ -55,7 +55,15 @@ def lockstep(table: TickTable, ranks: Sequence[Scheduler], steps: int, *, exchan
         if other_growth > growth:
             steps = min(steps, (first - other_first) // (other_growth - growth) + 1)
     common = table.token[all_tokens if exchange else dp * most_tokens] + table.head[dp * most_sampled] + slowest_prefill
-    return common + first, growth, steps
+    return (_with_loads(common + first, ranks) if any(s.loading for s in ranks) else common + first), growth, steps
+
+
+def _with_loads(time: int, ranks: Sequence[Scheduler]) -> int:
+    """A step that also loads from host memory: all ranks at once, each over its own links. [ticks]"""
+    tier = ranks[0].tier
+    assert tier is not None
+    load = to_ticks(tier.latency_s) + to_ticks(tier.seconds_per_token) * max(s.loading for s in ranks)
+    return max(time, load) if tier.layerwise else time + load
 
 
 def _chunks(table: TickTable, s: Scheduler, dp: int) -> tuple[int, int, int]:

@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from simmoe.specs.base import Seconds, Spec
-from simmoe.specs.mechanisms import Dispatch, Exchange, Offload
+from simmoe.specs.mechanisms import Dispatch, Exchange, KvOffload, Offload
 from simmoe.specs.routing import Routing
 
 Precision = Literal["float32", "bfloat16", "float16", "fp8", "fp8_block", "int8", "int4", "mxfp4", "nvfp4"]
@@ -51,6 +51,7 @@ class Deployment(Spec):
     exchange: Exchange = Field(default=Exchange(), description="How tokens travel between expert-parallel ranks.")
     dispatch: Dispatch = Field(default=Dispatch(), description="Padding, drops and launches of the expert products.")
     offload: Offload | None = Field(default=None, description="Experts in host memory; None: all on the device.")
+    kv_offload: KvOffload | None = Field(default=None, description="KV blocks in host memory; None: device only.")
     max_num_seqs: int = Field(default=256, ge=1, description="Requests running together on one data-parallel rank.")
     max_num_batched_tokens: int = Field(default=8192, ge=1, description="Tokens in one step of one dp rank.")
     memory_fraction: float = Field(default=0.9, gt=0, le=1, description="Share of device memory the engine may use.")

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from simmoe.specs.base import Spec
+from simmoe.specs.base import Bytes, Spec
 
 
 class Exchange(Spec):
@@ -48,6 +48,23 @@ class Dispatch(Spec):
     def capped(self) -> bool:
         """Whether experts have a fixed number of slots."""
         return self.kind in ("capacity", "einsum")
+
+
+class KvOffload(Spec):
+    """Host memory as a second tier of the KV cache.
+
+    Blocks that leave the device's prefix cache go there; found again, they are loaded over the host link instead of
+    being computed. With ``swap`` a preempted request's blocks go there too, and come back instead of being computed
+    again, while there is room. ``layerwise``: a layer computes as soon as its own part is there, so that a step takes
+    the longer of loading and computing (SGLang's HiCache); else it computes after loading.
+    """
+
+    host_memory: Bytes = Field(gt=0, description="Of one replica, over all its devices. [B]")
+    devices_per_link: int = Field(
+        default=1, ge=1, description="Devices that share the bandwidth of a host link (2 behind a common PCIe switch)."
+    )
+    layerwise: bool = True
+    swap: bool = False
 
 
 class Offload(Spec):

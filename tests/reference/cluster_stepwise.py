@@ -10,7 +10,7 @@ import heapq
 
 from reference.sim_stepwise import Job, Rank, plan_together, step_time, ticks
 
-from simmoe.sim.arrivals import Streams, arrival_ticks, length_pairs, think_ticks
+from simmoe.sim.arrivals import Streams, arrival_ticks, shapes, think_ticks
 from simmoe.sim.routers import ROUTERS
 from simmoe.sim.ticks import TICKS_PER_S
 
@@ -18,12 +18,12 @@ from simmoe.sim.ticks import TICKS_PER_S
 class Engines:
     """The engines of one pool."""
 
-    def __init__(self, table, deployment, kv_tokens, policy, route):
+    def __init__(self, table, deployment, kv_tokens, policy, route, tier=None):
         d = deployment
         self.table, self.exchange, self.dp, self.route = table, d.ep > 1, d.dp, route
         total = kv_tokens // d.dp // d.kv_block_size
         self.engines = [
-            [Rank(total, d.kv_block_size, d.max_num_seqs, d.max_num_batched_tokens, policy) for _ in range(d.dp)]
+            [Rank(total, d.kv_block_size, d.max_num_seqs, d.max_num_batched_tokens, policy, tier) for _ in range(d.dp)]
             for _ in range(d.replicas)
         ]
         self.ranks = [rank for engine in self.engines for rank in engine]
@@ -63,9 +63,10 @@ class Engines:
             for job in rank.running:
                 job.preemptions += 1
             left = [*rank.running, *rank.waiting, *rank.unseen]
-            rank.running, rank.waiting, rank.unseen, rank.work, rank.free = [], [], [], [], rank.total
+            rank.running, rank.waiting, rank.unseen, rank.work = [], [], [], []
+            rank.clear()
             for job in left:
-                job.blocks = job.computed = 0
+                job.blocks, job.computed, job.swapped = [], 0, 0
                 job.decoding = False
             self.outstanding[r] = 0
             for job in left:
@@ -74,13 +75,13 @@ class Engines:
 
 def simulate_cluster(
     table, workload, deployment, kv_tokens, *, requests, seed, router="least_outstanding", policy="vllm",
-    failures=None, decode=None, transfer=None,
+    failures=None, decode=None, transfer=None, tier=None,
 ):  # fmt: skip
     """Serve ``requests`` requests; ``decode``: (table, deployment, kv_tokens) of the second pool. Returns the jobs."""
     streams = Streams.of(seed)
-    lengths = length_pairs(workload, streams)
+    lengths = shapes(workload, streams)
     thinking = think_ticks(workload, streams)
-    first = Engines(table, deployment, kv_tokens, policy, ROUTERS[router](streams.routing))
+    first = Engines(table, deployment, kv_tokens, policy, ROUTERS[router](streams.routing), tier)
     pools = [first]
     if decode is not None:
         pools.append(Engines(*decode, "vllm", ROUTERS[router](streams.routing)))
@@ -97,7 +98,7 @@ def simulate_cluster(
         if len(jobs) == requests:
             return
         job = jobs[len(jobs)] = Job(len(jobs), now, *next(lengths))
-        first.send(job if decode is None else Job(job.index, now, job.prompt, 1))
+        first.send(job if decode is None else Job(job.index, now, job.prompt, 1, job.segments))
 
     def gone(now):
         if workload.concurrency is not None:
@@ -114,7 +115,7 @@ def simulate_cluster(
         if job.output == 1:
             gone(now)
             return
-        job.computed = job.prompt
+        job.computed, job.moved = job.prompt, True
         whole = ticks(transfer.seconds_per_token * job.prompt)
         if transfer.layers > 1:
             whole = max(whole // transfer.layers, whole - (now - job.admitted))

@@ -6,9 +6,10 @@ scheduler's rules. Shares with the fast simulator only the traffic (`arrivals`) 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from simmoe.sim.arrivals import Streams, arrival_ticks, length_pairs
+from simmoe.sim.arrivals import Streams, arrival_ticks, shapes
 from simmoe.sim.routers import ROUTERS
 
 TICK = 2.0**-60
@@ -24,47 +25,161 @@ class Job:
     arrival: int
     prompt: int
     output: int
+    segments: tuple = ()
     computed: int = 0  # tokens whose keys and values are in the cache
-    blocks: int = 0
+    moved: bool = False  # computed elsewhere: no prompt to look up
+    blocks: list = field(default_factory=list)
     token_times: list[int] = field(default_factory=list)
     admitted: int | None = None
     preemptions: int = 0
     decoding: bool = False  # has sampled a token since it was (re)admitted; else its step is a prompt chunk
+    swapped: int = 0  # tokens in host memory since a preemption
 
     @property
     def known(self) -> int:
         """Tokens that exist: the prompt and what was generated."""
         return self.prompt + len(self.token_times)
 
+    @property
+    def tokens(self):
+        """The prompt, token by token, as far as others can have the same."""
+        return [(identity, i) for identity, length in self.segments for i in range(length)]
+
 
 class Rank:
-    def __init__(self, total_blocks, block, max_seqs, budget, policy):
-        self.total, self.free, self.block = total_blocks, total_blocks, block
-        self.max_seqs, self.budget, self.policy = max_seqs, budget, policy
+    """Blocks have numbers, users and maybe a key: all tokens up to their end. Free ones queue, oldest first."""
+
+    def __init__(self, total_blocks, block, max_seqs, budget, policy, tier=None):
+        self.total, self.block = total_blocks, block
+        self.max_seqs, self.budget, self.policy, self.tier = max_seqs, budget, policy, tier
         self.waiting, self.running, self.work = [], [], []
         self.unseen = []  # came since the last decision
+        self.loaded = 0  # tokens loaded from host memory, in all
+        self.clear()
+
+    def clear(self):
+        self.free = OrderedDict.fromkeys(range(self.total))
+        self.users = [0] * self.total
+        self.key_of, self.block_of = {}, {}
+        self.host = OrderedDict()  # keys of blocks there, least recently moved there first
+        self.swapped = 0  # blocks there of preempted jobs
+        self.loading = 0  # tokens loaded in the step decided
+
+    def trim(self):
+        """Host memory holds so much."""
+        most = 0 if self.tier is None else self.tier.tokens // self.block
+        while self.host and len(self.host) + self.swapped > most:
+            self.host.popitem(last=False)
+        assert self.swapped <= most
+
+    def new_block(self):
+        number, _ = self.free.popitem(last=False)
+        key = self.key_of.pop(number, None)
+        if key is not None:
+            del self.block_of[key]
+            self.host[key] = None
+            self.trim()
+        self.users[number] = 1
+        return number
+
+    def more(self, job, tokens):
+        return -(-(job.computed + tokens) // self.block) - len(job.blocks)
 
     def grow(self, job, tokens):
         """Give the job blocks for ``tokens`` more tokens, or say that there are too few."""
-        more = -(-(job.computed + tokens) // self.block) - job.blocks
-        if more > self.free:
+        more = self.more(job, tokens)
+        if more > len(self.free):
             return False
-        self.free -= more
-        job.blocks += more
+        job.blocks += [self.new_block() for _ in range(more)]
         return True
+
+    def release(self, job):
+        for number in reversed(job.blocks):
+            self.users[number] -= 1
+            if not self.users[number]:
+                self.free[number] = None
+        job.blocks = []
+
+    def found(self, job):
+        """Blocks of a waiting job's prompt on the device, and keys of those after them in host memory."""
+        here, there, tokens = [], [], job.tokens
+        if job.moved:
+            return here, there
+        for end in range(self.block, min(len(tokens), job.known - 1) + 1, self.block):
+            key = tuple(tokens[:end])
+            if not there and key in self.block_of:
+                here.append(self.block_of[key])
+            elif key in self.host:
+                there.append(key)
+            else:
+                break
+        return here, there
+
+    def cached(self, job, here, there):
+        if job.moved:
+            return job.computed
+        return job.swapped or (len(here) + len(there)) * self.block
 
     def preempt(self):
         job = self.running.pop()
-        self.free += job.blocks
-        job.blocks = job.computed = 0
+        held = len(job.blocks)
+        tokens = job.computed
+        if job in [other for other, _ in self.work]:
+            self.work = [(other, new) for other, new in self.work if other is not job]
+        # a block taken for the step that is being decided holds nothing yet
+        held = -(-tokens // self.block)
+        self.release(job)
+        job.computed = 0
+        job.moved = False
         job.preemptions += 1
         job.decoding = False
+        if self.tier is not None and self.tier.swap and self.swapped + held <= self.tier.tokens // self.block:
+            self.swapped += held
+            job.swapped = tokens
+            self.trim()
         self.waiting.insert(0, job)
         return job
 
+    def admit(self, now, left):
+        """Take the first waiting job into the step with what is left of the budget; return that, 0 if it cannot be."""
+        job = self.waiting[0]
+        here, there = self.found(job)
+        cached = self.cached(job, here, there)
+        new = min(job.known - cached, left)
+        idle = sum(not self.users[number] for number in here)
+        needed = -(-(cached + new) // self.block) - len(here)
+        if needed + idle > len(self.free):
+            return 0
+        for number in here:
+            self.users[number] += 1
+            self.free.pop(number, None)
+        if not job.moved and self.tier is not None:
+            self.loading += cached - len(here) * self.block
+        if job.swapped:
+            self.swapped -= -(-job.swapped // self.block)
+            there = []
+        for key in there:
+            del self.host[key]
+        job.blocks = list(here)
+        job.blocks += [self.new_block() for _ in range(needed)]
+        for number, key in zip(job.blocks[len(here) :], there, strict=False):  # loaded: can be found again at once
+            self.key_of[number], self.block_of[key] = key, number
+        job.swapped = 0
+        job.computed = cached
+        self.start(now, new)
+        return new
+
+    def publish(self, job):
+        tokens = job.tokens
+        for i in range(min(len(tokens), job.computed) // self.block):
+            key = tuple(tokens[: (i + 1) * self.block])
+            if key not in self.block_of:
+                self.block_of[key], self.key_of[job.blocks[i]] = job.blocks[i], key
+                self.host.pop(key, None)
+
     def plan(self, now):
         """Fill ``work`` with (job, new tokens) of the next step."""
-        self.work = []
+        self.work, self.loading = [], 0
         if self.policy == "trtllm":
             return self.plan_no_evict(now)
         if self.policy == "sglang":
@@ -82,11 +197,9 @@ class Rank:
                 left -= new
             i += 1
         while self.waiting and not preempted and left and len(self.running) < self.max_seqs:
-            job = self.waiting[0]
-            new = min(job.known - job.computed, left)  # a waiting job may have been computed elsewhere
-            if not self.grow(job, new):
+            new = self.admit(now, left)
+            if not new:
                 break
-            self.start(now, new)
             left -= new
         return None
 
@@ -102,9 +215,8 @@ class Rank:
             promised = sum(-(-(j.prompt + j.output - 1) // self.block) for j in [*self.running, job])
             if promised > self.total:
                 break
-            new = min(job.known - job.computed, left)  # a waiting job may have been computed elsewhere
-            assert self.grow(job, new)
-            self.start(now, new)
+            new = self.admit(now, left)
+            assert new
             left -= new
 
     def plan_prefill_first(self, now):
@@ -124,12 +236,11 @@ class Rank:
             to_come = sum(j.prompt + j.output - 1 - max(j.computed, j.known if not j.decoding else 0)
                           for j in [*self.running, job])  # fmt: skip
             needed = -(-(job.known + int(0.1 * to_come)) // self.block)
-            if needed > self.free and self.running:
+            if needed > len(self.free) and self.running:
                 break
-            new = min(job.known - job.computed, left)  # a waiting job may have been computed elsewhere
-            if not self.grow(job, new):
+            new = self.admit(now, left)
+            if not new:
                 break
-            self.start(now, new)
             left -= new
         if self.work:
             return
@@ -152,17 +263,20 @@ class Rank:
 
     def finish_step(self, now):
         done = []
+        self.loaded += self.loading
         for job, new in self.work:
+            prompt = not job.decoding
             job.computed += new
+            if prompt:
+                self.publish(job)
             if job.computed == job.known:
                 job.token_times.append(now)
                 job.decoding = True
                 if len(job.token_times) == job.output:
                     self.running.remove(job)
-                    self.free += job.blocks
-                    job.blocks = 0
+                    self.release(job)
                     done.append(job)
-        assert self.free + sum(j.blocks for j in self.running) == self.total
+        assert len(self.free) + len({n for j in self.running for n in j.blocks}) == self.total
         self.work = []
         return done
 
@@ -205,22 +319,27 @@ def step_time(table, ranks, exchange):
                 + ticks(table.prefill_per_pair_s) * pairs
             )  # fmt: skip
     together = sum(tokens) if exchange or dp == 1 else dp * max(tokens)
-    return ticks(table.token_s[together]) + ticks(table.head_s[dp * max(sampled)]) + max(prefill) + max(attention)
+    time = ticks(table.token_s[together]) + ticks(table.head_s[dp * max(sampled)]) + max(prefill) + max(attention)
+    loading, tier = max(rank.loading for rank in ranks), ranks[0].tier
+    if not loading:
+        return time
+    load = ticks(tier.latency_s) + ticks(tier.seconds_per_token) * loading
+    return max(time, load) if tier.layerwise else time + load
 
 
 def simulate_stepwise(
-    table, workload, deployment, kv_tokens, *, requests, seed, router="least_outstanding", policy="vllm"
+    table, workload, deployment, kv_tokens, *, requests, seed, router="least_outstanding", policy="vllm", tier=None
 ):
-    """Serve exactly ``requests`` requests. Returns jobs by index, and indices of the refused."""
+    """Serve exactly ``requests`` requests. Returns jobs by index, indices of the refused, tokens loaded."""
     streams = Streams.of(seed)
-    lengths = length_pairs(workload, streams)
+    lengths = shapes(workload, streams)
     route = ROUTERS[router](streams.routing)
     dp = deployment.dp
     block = deployment.kv_block_size
     engines = [
         [
             Rank(kv_tokens // dp // block, block, deployment.max_num_seqs,
-                 deployment.max_num_batched_tokens, policy)
+                 deployment.max_num_batched_tokens, policy, tier)
             for _ in range(dp)
         ]
         for _ in range(deployment.replicas)
@@ -272,5 +391,6 @@ def simulate_stepwise(
                 ends[e] = now + step_time(table, engine, deployment.ep > 1)
         upcoming = [t for t in [arrival, *ends] if t is not None]
         if not upcoming:
-            return jobs, refused
+            assert not any(rank.swapped for rank in ranks)
+            return jobs, refused, sum(rank.loaded for rank in ranks)
         now = min(upcoming)
