@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from simmoe.sim.arrivals import Streams, arrival_ticks, draw_lengths, shapes, think_ticks
 from simmoe.sim.ticks import S_PER_TICK
-from simmoe.specs.workload import Arrivals, Lengths, Prompts, Workload
+from simmoe.specs.traces import workload_of
+from simmoe.specs.workload import Arrivals, Lengths, Prompts, TraceReplay, Workload
 
 TEN = Lengths(mean=10)
 
@@ -144,3 +145,18 @@ def test_repeated_prompts_keep_their_length_and_share_their_groups_head(distinct
             heads = {prompt[0][0] for prompt in by_prompt}
             assert len(heads) == groups
             assert all(prompt[0][1] == min(shared, size) for prompt, size in by_prompt.items())
+
+
+def test_traced_prompts_of_a_group_share_a_head_and_other_lengths_stand_in(tmp_path):
+    path = tmp_path / "t.csv"
+    rows = [f"0,{i},{i % 3},{50 + i % 3},10,1" for i in range(6)]
+    path.write_text("\n".join(["stage,arrival_s,prompt_id,input_tokens,output_tokens,ok", *rows]), encoding="utf-8")
+    replay = TraceReplay(path=str(path), group_prompts=2, shared_tokens=20)
+    played = list(islice(shapes(workload_of(replay), Streams.of(0)), 4))
+    assert played[0] == (50, 10, ((-1, 20), (0, 30)))
+    assert played[1] == (51, 10, ((-1, 20), (1, 31)))
+    assert played[2] == (52, 10, ((-2, 20), (2, 32)))
+    assert played[3] == played[0]
+    fixed = workload_of(replay, output=Lengths(mean=7))
+    assert [o for _, o, _ in islice(shapes(fixed, Streams.of(0)), 8)] == [7] * 8
+    assert next(shapes(fixed, Streams.of(0)))[2] == played[0][2]

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from simmoe.errors import CapacityError
+from simmoe.load_curve import load_curve
 from simmoe.sim.arrivals import Recorded
 from simmoe.sim.cluster import SimulationResult, simulate
 from simmoe.sim.ticks import to_ticks
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.workload import Lengths, Workload
+from simmoe.steady_state import steady_state
 from simmoe.step import StepTable
 
 STEP_S = 0.01
@@ -103,3 +105,20 @@ def test_requests_that_cannot_fit_are_counted_or_named() -> None:
     assert play([(0.0, 10, 10), (0.0, 1000, 20_000)]).refused == 1
     with pytest.raises(CapacityError, match="the shortest of 1 needs 20999 tokens"):
         play([(0.0, 1000, 20_000)])
+
+
+@pytest.mark.parametrize("loop", [{"rate": 6.0}, {"rate": 20.0}, {"concurrency": 12}])
+def test_closed_form_tells_the_step_decided_ahead(loop: dict[str, float]) -> None:
+    """Lengths vary, so that completions spread; TTFT within 10 % of the simulation's, the extra step within 15 %."""
+    workload = Workload(
+        input=Lengths(kind="uniform", low=20, high=80), output=Lengths(kind="uniform", low=1, high=39), **loop
+    )
+    told, simulated = [], []
+    for ahead in (0, 1):
+        steps = replace(table(), steps_ahead=ahead)
+        curve = load_curve(steps, SEATS, workload, 10_000)
+        told.append(steady_state(curve, SEATS, workload, 10_000)[0].ttft.mean)
+        simulated.append(simulate(steps, workload, SEATS, 10_000, requests=4000).metrics.ttft.mean)
+    assert told == pytest.approx(simulated, rel=0.1)
+    assert told[1] - told[0] == pytest.approx(simulated[1] - simulated[0], rel=0.15)
+    assert simulated[1] - simulated[0] > 0.5 * STEP_S

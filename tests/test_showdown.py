@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from simmoe.simulation import run_scenario
+from simmoe.specs.scenario import load_scenario
 from simmoe.validation import run as validation_run
 from simmoe.validation import showdown, showdown_fit
 from simmoe.validation.showdown_runs import Run, read_runs
@@ -179,3 +181,13 @@ def test_estimate_recovers_the_parameters_that_made_the_figures(
 def test_large_misses_name_run_and_figure(tmp_path: Path) -> None:
     lines = large_misses(showdown.compare(folder(tmp_path, {})).comparisons)
     assert any(line.startswith("x1: ") for line in lines)
+
+
+def test_a_scenario_simulates_what_is_validated() -> None:
+    shipped = Path(__file__).parents[1] / "validate" / "vllm_showdown"
+    run = next(run for run in read_runs(shipped)[0] if run.name == "gt02")
+    validated = showdown.predict_run(run)["all"]
+    metrics = run_scenario(load_scenario(shipped / "scenarios" / "gt02.yaml")).metrics
+    assert metrics.ttft.mean * 1e3 == pytest.approx(validated.ttft_mean, rel=1e-9)
+    assert metrics.ttft.p99 * 1e3 == pytest.approx(validated.ttft_p99, rel=1e-9)
+    assert metrics.e2e.mean * 1e3 == pytest.approx(validated.e2e_mean, rel=1e-9)

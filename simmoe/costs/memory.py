@@ -237,6 +237,8 @@ def _footprint(
     if context_tokens:
         per_token = kv_bytes_per_request(model, d, context_tokens) / context_tokens
     blocks = max(0, int(free / (per_token * d.kv_block_size)))
+    if d.kv_blocks is not None and free > 0:
+        blocks = d.kv_blocks
     tokens = blocks * d.kv_block_size
     return MemoryFootprint(
         weights=weights,

@@ -68,13 +68,20 @@ def shapes(workload: Workload, streams: Streams) -> Iterator[tuple[int, int, Seg
     """Endless (input tokens, output tokens, prompt) of request 0, 1, 2, ...; () is a prompt like no other.
 
     A prompt is segments of (identity, tokens) from its start; what is beyond them is shared with nobody. A trace starts
-    over after its last request.
+    over after its last request; lengths of another kind than "trace" stand in for its own.
     """
     if workload.trace is not None:
         trace = read_trace(workload.trace)
         prompts = trace.prompts or [()] * len(trace)
+        if (shared := workload.trace.shared_tokens) and trace.prompts:
+            prompts = [_with_head(prompt, shared, workload.trace.group_prompts) for prompt in trace.prompts]
+        inputs, outputs = trace.input_tokens.tolist(), trace.output_tokens.tolist()
         while True:
-            yield from zip(trace.input_tokens.tolist(), trace.output_tokens.tolist(), prompts, strict=True)
+            if workload.input.kind != "trace":
+                inputs, prompts = draw_lengths(workload.input, len(trace), streams.inputs), [()] * len(trace)
+            if workload.output.kind != "trace":
+                outputs = draw_lengths(workload.output, len(trace), streams.outputs)
+            yield from zip(inputs, outputs, prompts, strict=True)
     if workload.prompts is not None:
         yield from _repeated_prompts(workload, workload.prompts, streams)
     while True:
@@ -84,6 +91,15 @@ def shapes(workload: Workload, streams: Streams) -> Iterator[tuple[int, int, Seg
             strict=True,
         ):
             yield i, o, ()
+
+
+def _with_head(prompt: Segments, shared: int, group: int) -> Segments:
+    """A prompt of one segment whose first tokens are those of its group, but for the last token at least."""
+    if len(prompt) != 1:
+        return prompt
+    ((which, tokens),) = prompt
+    head = min(shared, tokens - 1)
+    return tuple(part for part in ((-1 - which // group, head), (which, tokens - head)) if part[1])
 
 
 def length_pairs(workload: Workload, streams: Streams) -> Iterator[tuple[int, int]]:

@@ -32,6 +32,18 @@ BYTES_PER_ELEMENT: dict[str, float] = {
 }
 
 
+class EngineOverrides(Spec):
+    """Engine parameters known for this deployment, in place of its engine's; see `simmoe.specs.engines`."""
+
+    host_time_per_sequence: Seconds | None = None
+    front_end_time: Seconds | None = None
+    front_end_time_per_request: Seconds | None = None
+    front_end_time_per_token: Seconds | None = None
+    nucleus_time: Seconds | None = None
+    steps_ahead: int | None = Field(default=None, ge=0, le=1, description="0: no asynchronous scheduling.")
+    pads_to_graphs: bool | None = None
+
+
 class Deployment(Spec):
     """Layout, precision, the cap on active experts, and the engine's limits."""
 
@@ -56,11 +68,15 @@ class Deployment(Spec):
     max_num_batched_tokens: int = Field(default=8192, ge=1, description="Tokens in one step of one dp rank.")
     memory_fraction: float = Field(default=0.9, gt=0, le=1, description="Share of device memory the engine may use.")
     kv_block_size: int = Field(default=16, ge=1, description="Tokens per KV block.")
+    kv_blocks: int | None = Field(
+        default=None, ge=1, description="KV blocks of one dp rank, as its server logs; None: what memory leaves."
+    )
     prefix_caching: bool = Field(default=True, description="Prompts that share a head share its KV blocks.")
     nucleus_sampling: bool = Field(default=False, description="Tokens are drawn with top-p or top-k.")
     engine: EngineName = "vllm"
     engine_version: str | None = None
     host_time_per_step: Seconds | None = Field(default=None, description="Host time a step adds. [s] None: default.")
+    engine_overrides: EngineOverrides | None = None
     kernel_slowdown: float = Field(default=1.0, gt=0, description="Factor on every kernel's time (old engines).")
 
     @model_validator(mode="after")

@@ -119,6 +119,9 @@ def engine_parameters(deployment: Deployment, device: str) -> EngineParameters:
     changes: dict[str, Any] = {}
     if deployment.host_time_per_step is not None:
         changes |= {"host_time_per_step": deployment.host_time_per_step, "source": "deployment"}
+    if deployment.engine_overrides is not None:
+        known = deployment.engine_overrides.model_dump(exclude_none=True)
+        changes |= {**known, "source": "deployment"} if known else {}
     if deployment.kernel_slowdown != 1.0:
         changes |= {"kernel_slowdown": deployment.kernel_slowdown, "source": "deployment"}
     return chosen.vary(**changes) if changes else chosen

@@ -154,6 +154,8 @@ class TraceReplay(Spec):
     format: str | None = Field(default=None, description="Name in simmoe.specs.traces.READERS; None: by its contents.")
     speed: float = Field(default=1.0, gt=0, description="Recorded time over replayed time. [-]")
     limit: int | None = Field(default=None, ge=1, description="Only this many first requests.")
+    group_prompts: int = Field(default=1, ge=1, description="As many prompt_ids in a row have a head in common.")
+    shared_tokens: int = Field(default=0, ge=0, description="Tokens of that head (a system prompt). [tokens]")
 
 
 class Workload(Spec):
