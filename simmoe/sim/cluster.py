@@ -268,6 +268,7 @@ class _Cluster:
         self._keep_load = True
         self._open = 0
         """Measured requests in the system."""
+        self._ended = False
         self._over = self.env.event()
 
     def run(self, requests: int | None, until: int | None, *, keep_load: bool) -> None:
@@ -305,28 +306,30 @@ class _Cluster:
 
         At one instant the order is the same: arrivals, then step ends, then new batches.
         """
-        clock, over = self.env, self._over
-        upcoming = next(self._arrivals, None)
+        clock, arrivals = self.env, self._arrivals
+        upcoming = next(arrivals, None)
+        events = 0
         while True:
             end = replica.begin_knowing(clock.now, upcoming)
-            self.events += 1
+            events += 1
             until = upcoming if end is None else end
             if until is None:  # nobody here and nobody to come
                 self._no_more()
-                return
+                break
             while upcoming is not None and upcoming <= until:
                 clock.advance(upcoming)
-                self.events += 1
-                upcoming = next(self._arrivals, None) if self._issue() else None
+                events += 1
+                upcoming = next(arrivals, None) if self._issue() else None
                 if upcoming is None:
                     self._no_more()
-            if over.triggered:
-                return
+            if self._ended:
+                break
             if end is not None:
                 clock.advance(end)
                 replica.end_knowing(end)
-                if over.triggered:
-                    return
+                if self._ended:
+                    break
+        self.events = events
 
     def _no_more(self) -> None:
         """Stages or trace have ended."""
@@ -335,7 +338,7 @@ class _Cluster:
 
     def _issue(self) -> bool:
         """Offer the next request now; a closed-loop client whose request is refused goes on to its next."""
-        while not self._over.triggered:
+        while not self._ended:
             now, index = self.env.now, self._issued
             if self._until is not None and now > self._until:
                 self.limit, self._until = index, None
@@ -384,5 +387,6 @@ class _Cluster:
         self._issue()
 
     def _check_over(self) -> None:
-        if self._open == 0 and self._issued >= self.limit and not self._over.triggered:
+        if self._open == 0 and self._issued >= self.limit and not self._ended:
+            self._ended = True
             self._over.succeed()

@@ -174,9 +174,17 @@ class Replica:
         self.eventless = True
         if not self._plan(now):
             return None
-        if arrival is not None and self._steps > 1 and any(rank.heeds_arrivals for rank in self.ranks):
-            self._steps = min(self._steps, self._boundary(arrival - now))
-        return now + window_ticks(self._first, self._growth, self._steps)
+        steps = self._steps
+        if steps == 1:
+            return now + self._first
+        end = now + window_ticks(self._first, self._growth, steps)
+        if arrival is None or arrival >= end:
+            return end
+        single = self._single
+        if single.heeds_arrivals if single is not None else any(rank.heeds_arrivals for rank in self.ranks):
+            self._steps = self._boundary(arrival - now)
+            return now + window_ticks(self._first, self._growth, self._steps)
+        return end
 
     def end_knowing(self, now: int) -> None:
         """Account for the steps of `begin_knowing`."""
@@ -198,7 +206,7 @@ class Replica:
         """Complete ``steps`` of the planned steps, the last of which ended ``now``, on every rank."""
         rank = self.first_rank
         for scheduler in self.ranks:
-            decoding, chunks = scheduler.stepping, scheduler.chunks
+            decoding, chunks = 0 if scheduler.pausing else scheduler.decoding, scheduler.chunks
             if decoding or chunks:
                 resumed = decoding if scheduler.paused else 0
                 running = scheduler.decoding + len(chunks)
