@@ -2,7 +2,7 @@
 
 Model: every device loads its own part of a token over its host link at the link's bandwidth, all devices of a rank at
 the same time. Left out: contention with other traffic of the link, host memory's own bandwidth, small transfers below
-the link's full rate. Checked in: tests/test_kv_offload.py.
+the link's full rate. Checked in: tests/test_host_memory.py.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ A swapped request's blocks stay until it comes back or ends.
 Left out: write-through copies (vLLM's offloading connector, which holds blocks twice), disk and remote tiers, a choice
 to compute what would load more slowly.
 Law kept by every method: blocks of prompts + blocks swapped out <= total. Checked in tests/test_sim_twin.py against
-explicit blocks, tests/test_kv_offload.py.
+explicit blocks, tests/test_host_memory.py.
 """
 
 from __future__ import annotations
