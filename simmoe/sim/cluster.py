@@ -132,10 +132,12 @@ def simulate(
     )
     for pool in (setup, *(() if handover is None else (handover.decode,))):
         limits = pool.deployment
-        if limits.max_num_batched_tokens < limits.max_num_seqs:
+        if limits.max_num_batched_tokens < limits.max_num_seqs * limits.rows_per_decode:
+            rows = f" x {limits.rows_per_decode}" if limits.speculative else ""
             raise SpecError(
                 f"max_num_batched_tokens {limits.max_num_batched_tokens} is below max_num_seqs "
-                f"{limits.max_num_seqs}: a step could not give every running request a token"
+                f"{limits.max_num_seqs}{rows}: a step could not give every running request a token"
+                f"{' and its drafts' if rows else ''}"
             )
     run = _Cluster(setup, workload, rules, handover, seed=seed)
     run.run(requests, None if duration_s is None else to_ticks(duration_s), keep_load=keep_load)

@@ -63,7 +63,10 @@ class Pool:
     ) -> None:
         deployment, count = setup.deployment, setup.replicas
         table = TickTable.of(
-            setup.table, max_tokens=deployment.tokens_per_replica, max_requests=deployment.requests_per_replica
+            setup.table,
+            max_tokens=deployment.tokens_per_replica,
+            max_requests=deployment.requests_per_replica,
+            grain=deployment.tokens_per_decode.denominator,
         )
         self.policy = setup.policy or POLICY_OF_ENGINE[deployment.engine]
         decide = policy_named(self.policy)
@@ -79,11 +82,12 @@ class Pool:
                 first_rank=first_rank + i * dp,
                 ranks=[
                     Scheduler(
-                        BlockPool(setup.kv_tokens // dp, deployment.kv_block_size),
+                        BlockPool(setup.kv_tokens // dp, deployment.kv_block_size, deployment.tokens_per_decode),
                         max_num_seqs=deployment.max_num_seqs,
                         max_num_batched_tokens=deployment.max_num_batched_tokens,
                         policy=decide,
                         prefix_caching=deployment.prefix_caching,
+                        rows_per_decode=deployment.rows_per_decode,
                     )
                     for _ in range(dp)
                 ],

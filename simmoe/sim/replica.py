@@ -197,12 +197,17 @@ class Replica:
 
     def _log(self, rank: int, scheduler: Scheduler, decoding: int, resumed: int, running: int) -> None:
         """Log the steps; the gaps of ``resumed`` requests, longer than the step, are recorded apart."""
-        prompt, sampled = 0, resumed
+        computed, sampled = 0, float(resumed)
         for request, new, cached in scheduler.chunks:
-            prompt += new
+            computed += new
             sampled += cached + new == request.target
+        if scheduler.width > 1:  # drafts verified, and those accepted beyond one token a step
+            pool = scheduler.pool
+            computed += decoding * self._steps * (scheduler.width - 1)
+            sampled += (decoding * self._steps * (pool.stride - pool.grain) - scheduler.overshoot) / pool.grain
+            scheduler.overshoot = 0
         self._recorder.window(
-            rank, self._start, self._steps, self._first, self._growth, decoding - resumed, prompt, sampled,
+            rank, self._start, self._steps, self._first, self._growth, decoding - resumed, computed, sampled,
             running, scheduler.blocks_held,
         )  # fmt: skip
 

@@ -7,6 +7,7 @@ wide-EP layout); then the dp ranks step together.
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -14,6 +15,7 @@ from pydantic import Field, model_validator
 from simmoe.specs.base import Seconds, Spec
 from simmoe.specs.mechanisms import Dispatch, Exchange, Offload
 from simmoe.specs.routing import Routing
+from simmoe.specs.speculative import Speculative
 
 Precision = Literal["float32", "bfloat16", "float16", "fp8", "fp8_block", "int8", "int4", "mxfp4", "nvfp4"]
 EngineName = Literal["vllm", "sglang", "trtllm", "generic"]
@@ -51,6 +53,7 @@ class Deployment(Spec):
     exchange: Exchange = Field(default=Exchange(), description="How tokens travel between expert-parallel ranks.")
     dispatch: Dispatch = Field(default=Dispatch(), description="Padding, drops and launches of the expert products.")
     offload: Offload | None = Field(default=None, description="Experts in host memory; None: all on the device.")
+    speculative: Speculative | None = Field(default=None, description="Drafted tokens; None: one token a step.")
     max_num_seqs: int = Field(default=256, ge=1, description="Requests running together on one data-parallel rank.")
     max_num_batched_tokens: int = Field(default=8192, ge=1, description="Tokens in one step of one dp rank.")
     memory_fraction: float = Field(default=0.9, gt=0, le=1, description="Share of device memory the engine may use.")
@@ -74,6 +77,8 @@ class Deployment(Spec):
         if self.ep > 1 and self.ep * self.expert_slices != self.tp_size * self.dp:
             sliced = f", or that over expert_slices {self.expert_slices}" if self.expert_slices > 1 else ""
             raise ValueError(f"ep {self.ep} must be 1 or tp x dp = {self.tp_size * self.dp}{sliced}")
+        if self.speculative is not None and self.pp > 1:
+            raise ValueError("speculative decoding over pipeline stages (pp above 1) is not modelled; leave one out")
         return self
 
     @property
@@ -85,6 +90,16 @@ class Deployment(Spec):
     def devices_per_replica(self) -> int:
         """Devices that work on one engine's step."""
         return self.tp_size * self.dp * self.pp
+
+    @property
+    def rows_per_decode(self) -> int:
+        """Tokens a decoding request brings to a step: one, and the drafts it verifies."""
+        return 1 + (self.speculative.draft_tokens if self.speculative else 0)
+
+    @property
+    def tokens_per_decode(self) -> Fraction:
+        """Mean tokens a decode step emits for a request. [tokens]"""
+        return self.speculative.tokens_per_step if self.speculative else Fraction(1)
 
     @property
     def requests_per_replica(self) -> int:
