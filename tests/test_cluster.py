@@ -22,10 +22,12 @@ from simmoe.specs.cluster import Autoscaling, Cluster, Disaggregation, Failures
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.hardware import Link
 from simmoe.specs.load import load_hardware, load_model
+from simmoe.specs.speculative import Speculative
 from simmoe.specs.workload import Arrivals, Lengths, Workload
 
 SMALL = Deployment(gpus=1, tp=1, max_num_seqs=8, max_num_batched_tokens=64)
 TABLE = make_table(64, 8)
+SPECULATIVE = Speculative(method="ngram", draft_tokens=2, acceptance_length=1.7)
 
 
 def fixed(tokens):
@@ -63,10 +65,13 @@ def loops(draw, most_in=40, most_out=50):
     st.sampled_from(["vllm", "trtllm", "sglang"]),
     st.sampled_from([0.05, 0.4, 2.0]),
     st.sampled_from([0.0, 0.3]),
+    st.sampled_from([None, SPECULATIVE]),
 )
-def test_failing_replicas_equal_the_twin(workload, replicas, dp, kv_tokens, seed, policy, between, restart):
-    deployment = SMALL.vary(gpus=replicas * dp, dp=dp)
-    table = make_table(64 * dp, 8 * dp)
+def test_failing_replicas_equal_the_twin(
+    workload, replicas, dp, kv_tokens, seed, policy, between, restart, speculative
+):
+    deployment = SMALL.vary(gpus=replicas * dp, dp=dp, speculative=speculative)
+    table = make_table(64 * dp, 8 * dp, rows=deployment.rows_per_decode)
     failures = Failures(mean_time_between=between, restart_time=restart)
     options = {"requests": 25, "seed": seed, "policy": policy}
     jobs = simulate_cluster(table, workload, deployment, kv_tokens * dp, failures=failures, **options)
@@ -91,10 +96,12 @@ def test_failing_replicas_equal_the_twin(workload, replicas, dp, kv_tokens, seed
         seconds_per_token=st.sampled_from([0.0, 1e-5, 2e-3]),
         layers=st.sampled_from([1, 4]),
     ),
+    st.sampled_from([None, SPECULATIVE]),
 )
-def test_prefill_and_decode_apart_equal_the_twin(workload, prefill, decode, kv_in, kv_out, seed, transfer):
-    pools = (SMALL.vary(gpus=prefill), SMALL.vary(gpus=decode, max_num_seqs=4, kv_block_size=4))
-    second = (make_table(64, 4, slope=2e-4), pools[1], kv_out)
+def test_prefill_and_decode_apart_equal_the_twin(workload, prefill, decode, kv_in, kv_out, seed, transfer, speculative):
+    second = SMALL.vary(gpus=decode, max_num_seqs=4, kv_block_size=4, speculative=speculative)
+    pools = (SMALL.vary(gpus=prefill), second)
+    second = (make_table(64, 4, slope=2e-4, rows=second.rows_per_decode), pools[1], kv_out)
     options = {"requests": 25, "seed": seed}
     jobs = simulate_cluster(TABLE, workload, pools[0], kv_in, decode=second, transfer=transfer, **options)
     setup = PoolSetup(table=second[0], deployment=second[1], kv_tokens=second[2])
@@ -106,7 +113,8 @@ def test_prefill_and_decode_apart_equal_the_twin(workload, prefill, decode, kv_i
     log = result.steps
     gaps = np.repeat(log.gap_s, log.gap_count.astype(int))
     counted = (log.decodes * log.steps).sum() + len(gaps)
-    assert counted == sum(j.output - 1 for j in jobs.values())  # every gap between tokens counts once
+    assert counted == sum(len(j.token_times) - 1 for j in jobs.values())  # every gap between chunks counts once
+    assert speculative or counted == sum(j.output - 1 for j in jobs.values())
     total = np.repeat(log.first_s * log.steps + log.growth_s * log.steps * (log.steps - 1) / 2, log.decodes.astype(int))
     assert total.sum() + gaps.sum() == pytest.approx(
         sum((j.token_times[-1] - j.token_times[0]) * TICK for j in jobs.values())
