@@ -59,7 +59,10 @@ def drafter(model: Model, deployment: Deployment) -> tuple[Model, Deployment] | 
             r = r.vary(popularity="uniform", counts_file=None)
         return _mtp_layer(model), deployment.vary(**plain, routing=r.vary(top_k_per_layer=None))
     assert chosen.draft_model is not None
-    small = load_model(chosen.draft_model)
+    try:
+        small = load_model(chosen.draft_model)
+    except SpecError as problem:
+        raise SpecError(f"speculative.draft_model: {problem}") from None
     own = {
         "ep": 1, "expert_slices": 1, "active_experts": None, "total_experts": None, "routing": Routing(),
         "exchange": Exchange(), "dispatch": Dispatch(), "weight_precision": None, "activation_precision": None,
