@@ -325,7 +325,11 @@ class Engine:
         self.sigma["draft"] = drafts.sigma
         return seconds
 
-    def _hand_over(self, tokens: Array, micro_batches: float) -> Array:
+    @property
+    def _drained(self) -> bool:
+        return self.deployment.pipeline == "drained"
+
+    def _hand_over(self, tokens: Array, micro_batches: Array | float) -> Array:
         """Time each stage waits for a micro-batch to arrive, shape (stages, n). [s]"""
         each = np.ceil(tokens / (self.deployment.dp * micro_batches))
         return pipeline.hand_over_s(self.model, self.deployment, self.hardware, np.maximum(each, 1.0))
@@ -337,11 +341,10 @@ class Engine:
             return np.zeros(np.shape(tokens))
         self.sigma["pipeline"] = UNFITTED_LOG_SIGMA
         layers = pipeline.stage_times(parts, self.model, stages)
-        ranks = self.deployment.dp
-        if requests is None:
-            taken = pipeline.drained_s(layers + self._hand_over(tokens, min(chunks, stages)), min(chunks, stages))
-        else:
-            taken = pipeline.decode_s(layers + self._hand_over(tokens, stages), np.ceil(requests / ranks))
+        in_flight = float(min(chunks, stages)) if requests is None else np.ceil(requests / self.deployment.dp)
+        in_flight = np.minimum(in_flight, stages)
+        arriving = layers + self._hand_over(tokens, in_flight)
+        taken = pipeline.step_s(arriving, in_flight, drained=self._drained)
         return np.asarray(taken - layers.sum(axis=0))
 
     # ---- a step, and the table --------------------------------------------------------------------------------
@@ -376,7 +379,8 @@ class Engine:
             kernel = self.mixed_attention if batch.prefill_chunks else self.decode_attention
             attention += float(kernel(np.array([batch.decode_requests]), np.array([mean]))[0])
         d, chunks = self.deployment, len(batch.prefill_chunks)
-        share = float(pipeline.prompt_share(min(chunks, d.pp), d.pp)) / d.dp if chunks else 0.0
+        in_flight = np.array([float(min(max(chunks, 1), d.pp))])
+        share = float(pipeline.prompt_share(in_flight, d.pp, drained=self._drained)[0]) / d.dp
         for new, cached in batch.prefill_chunks:  # spread over the data-parallel ranks
             attention += share * float(self.prefill_attention(np.array([new]), np.array([cached]))[0])
         return attention
@@ -462,7 +466,7 @@ class Engine:
             tabulated(parts), head, base_s + draft_s + waiting, slope_s + draft_slope_s, floor, linear, quadratic,
             detail, mixed_base_s + draft_s, mixed_slope_s + draft_slope_s, width,
             np.stack([tabulated(timed) for timed in by_batches]),
-            pipeline.prompt_share(np.arange(1.0, d.pp + 1), d.pp),
+            pipeline.prompt_share(np.arange(1.0, d.pp + 1), d.pp, drained=self._drained),
         )  # fmt: skip
 
 

@@ -48,26 +48,30 @@ def played(stage_s, micro_batches, rounds):
 @given(st.lists(st.floats(0.1, 5), min_size=1, max_size=6), st.integers(1, 12))
 def test_a_drained_step_takes_as_long_as_the_pipeline_played(stage_s, micro_batches):
     column = np.array(stage_s)[:, None]
-    assert pipeline.drained_s(column, micro_batches)[0] == pytest.approx(played(stage_s, micro_batches, 1)[0][-1])
+    assert pipeline.step_s(column, micro_batches, drained=True)[0] == pytest.approx(
+        played(stage_s, micro_batches, 1)[0][-1]
+    )
 
 
 @given(st.lists(st.floats(0.1, 5), min_size=1, max_size=6), st.integers(1, 12))
-def test_decode_steps_that_follow_each_other_take_as_long_as_the_pipeline_played(stage_s, requests):
+def test_steps_that_follow_each_other_take_as_long_as_the_pipeline_played(stage_s, requests):
     """As many micro-batches in flight as stages; each comes back when it leaves. The first rounds settle."""
     in_flight = min(requests, len(stage_s))
     left = played(stage_s, in_flight, 60)
     cycle = (left[-1][0] - left[9][0]) / 50
-    assert pipeline.decode_s(np.array(stage_s)[:, None], requests)[0] == pytest.approx(cycle, rel=1e-6)
+    assert pipeline.step_s(np.array(stage_s)[:, None], in_flight)[0] == pytest.approx(cycle, rel=1e-6)
 
 
 @given(st.integers(1, 16), st.integers(1, 16), st.floats(1e-3, 10))
 def test_equal_stages_leave_gpipes_bubble_and_none_once_full(stages, micro_batches, seconds):
-    even = np.full((stages, 1), seconds)
-    assert pipeline.drained_s(even, micro_batches)[0] == pytest.approx((micro_batches + stages - 1) * seconds)
-    assert pipeline.decode_s(even, stages + micro_batches)[0] == pytest.approx(stages * seconds)
-    assert pipeline.prompt_share(micro_batches, stages) == pytest.approx(
-        pipeline.drained_s(even, micro_batches)[0] / (micro_batches * stages * seconds)
-    )
+    even, in_flight = np.full((stages, 1), seconds), min(micro_batches, stages)
+    bubble = (micro_batches + stages - 1) / micro_batches
+    assert pipeline.step_s(even, micro_batches, drained=True)[0] == pytest.approx(bubble * micro_batches * seconds)
+    assert pipeline.step_s(even, stages)[0] == pytest.approx(stages * seconds)
+    for drained in (True, False):
+        share = pipeline.prompt_share(np.array([float(in_flight)]), stages, drained=drained)[0]
+        work = in_flight * stages * seconds  # of all layers on all micro-batches
+        assert share == pytest.approx(pipeline.step_s(even, in_flight, drained=drained)[0] / work)
 
 
 # ---- how layers are cut -----------------------------------------------------------------------------------------
@@ -129,8 +133,8 @@ def batches(draw):
     return Batch(decoding, decoding * draw(st.integers(16, 4000)), tuple((n, 0) for n in prompts))
 
 
-def engine(name, pp):
-    return Engine(H200, MODELS[name], staged(pp))
+def engine(name, pp, **changes):
+    return Engine(H200, MODELS[name], staged(pp, **changes))
 
 
 @few
@@ -139,6 +143,7 @@ def test_a_step_is_never_shorter_than_without_bubbles(name, batch, pp):
     """At best every stage works all the time: as long as one device needs for a micro-batch of 1/pp of the batch."""
     step = engine(name, pp).step(batch)
     assert step.pipeline_s > 0
+    assert engine(name, pp, pipeline="drained").step(batch).total_s >= step.total_s * (1 - 1e-9)
     chunks = len(batch.prefill_chunks)
     if not chunks:
         share = -(-batch.decode_requests // pp)
@@ -180,6 +185,19 @@ def test_one_stage_changes_nothing(name, batch):
     assert table.detail.pipeline_s.max() == 0.0
 
 
+def test_many_prompts_fill_the_stages_unless_each_step_drains_them():
+    """Four equal prompts on four stages: a quarter of one device's time, 7/4 of that if the stages are emptied."""
+    prompts = Batch(prefill_chunks=((2000, 0),) * 4)
+    model = MODELS["llama-3.1-70b"]  # 80 layers
+    whole, flowing, drained = (
+        Engine(H200, model, staged(pp, tp=2, pipeline=kind)).step(prompts)
+        for pp, kind in ((1, "continuous"), (4, "continuous"), (4, "drained"))
+    )
+    layers = [step.total_s - step.host_s - step.head_s for step in (whole, flowing, drained)]
+    assert layers[1] == pytest.approx(layers[0] / 4, rel=0.1)
+    assert layers[2] == pytest.approx(7 / 4 * layers[1], rel=0.05)
+
+
 def test_unequal_stages_and_their_head_wait_for_the_fullest():
     found = Engine(H200, MODELS["deepseek-v3"], staged(8)).step(Batch(256, 256 * 1000))
     parts = {name: np.array([value]) for name, value in found.parts.items() if name not in ("pipeline", "draft")}
@@ -191,9 +209,9 @@ def test_unequal_stages_and_their_head_wait_for_the_fullest():
 
 
 @few
-@given(st.sampled_from(sorted(MODELS)), batches(), st.sampled_from([2, 4]))
-def test_the_table_says_what_the_step_says(name, batch, pp):
-    staged_engine = engine(name, pp)
+@given(st.sampled_from(sorted(MODELS)), batches(), st.sampled_from([2, 4]), st.sampled_from(["continuous", "drained"]))
+def test_the_table_says_what_the_step_says(name, batch, pp, kind):
+    staged_engine = engine(name, pp, pipeline=kind)
     mean = batch.decode_context_tokens / batch.decode_requests if batch.decode_requests else 500
     chunk = np.mean([n for n, _ in batch.prefill_chunks]) if batch.prefill_chunks else 500
     table = staged_engine.compile(mean_context=float(mean), prompt_tokens=float(chunk))

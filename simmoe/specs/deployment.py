@@ -43,6 +43,9 @@ class Deployment(Spec):
     expert_slices: int = Field(default=1, ge=1, description="Devices that share each expert's width, ep above 1.")
     dp: int = Field(default=1, ge=1, description="Data-parallel attention ranks in one engine (they step together).")
     pp: int = Field(default=1, ge=1, description="Pipeline stages.")
+    pipeline: Literal["continuous", "drained"] = Field(
+        default="continuous", description="Whether steps follow each other through the stages, or each empties them."
+    )
     weight_precision: Precision | None = Field(default=None, description="None: the model's native precision.")
     activation_precision: Precision | None = None
     wide_attention: bool = Field(default=False, description="Attention weights stay in 16 bit (not quantised).")
