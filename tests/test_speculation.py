@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from simmoe.cli import app
 from simmoe.costs.memory import footprint, kv_bytes_per_token, weights_per_device_bytes
 from simmoe.engine import Engine
-from simmoe.errors import SpecError
+from simmoe.errors import CapacityError, SpecError
 from simmoe.load_curve import decode_steps
 from simmoe.planning import launch
 from simmoe.predict import compiled_for, predict
@@ -185,6 +185,14 @@ def test_drafts_of_the_prediction_layer_cost_about_a_layer_each():
     one, three = (Engine(H200, V3, EIGHT.vary(speculative=mtp(d, 1.5))).step(Batch(32, 32000)) for d in (1, 3))
     assert layers / 61 < one.draft_s < 3 * layers / 61
     assert 2 * one.draft_s < three.draft_s < 4 * one.draft_s
+
+
+def test_a_model_too_large_with_its_drafts_is_told_what_fits():
+    with pytest.raises(CapacityError, match="smallest"):
+        footprint(V3, Deployment(gpus=4, speculative=mtp(1, 1.85)), H200)
+    dense = load_model("llama-3.1-405b")
+    with pytest.raises(CapacityError):
+        footprint(dense, Deployment(gpus=1, speculative=ngram(1, 1.2)), H200)
 
 
 def test_the_drafter_takes_memory():

@@ -283,6 +283,7 @@ def smallest_that_fits(
             for tp in (2**n for n in range(7, -1, -1))
             if tp <= min(gpus, hardware.devices_per_node) and gpus % tp == 0
             for spread in _spreads(model, gpus, gpus // tp)
+            if deployment.speculative is None or spread["pp"] == 1
         )
         for layout in layouts:
             candidate = deployment.vary(gpus=gpus, **layout)
