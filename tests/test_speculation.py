@@ -188,7 +188,7 @@ def test_drafts_of_the_prediction_layer_cost_about_a_layer_each():
 
 
 def test_a_model_too_large_with_its_drafts_is_told_what_fits():
-    with pytest.raises(CapacityError, match="smallest"):
+    with pytest.raises(CapacityError, match="Smallest that fits: 8 x"):
         footprint(V3, Deployment(gpus=4, speculative=mtp(1, 1.85)), H200)
     dense = load_model("llama-3.1-405b")
     with pytest.raises(CapacityError):
