@@ -183,6 +183,8 @@ def _with_prompts(table: StepTable, rows: Array, prompts: Array) -> tuple[Array,
     """Part that depends on the rows alone, of steps with prompts; and the share of prompts' attention. [s], [-]"""
     by_batches, shares = table.prompts
     index = np.arange(table.max_tokens + 1)
+    if len(shares) == 1:
+        return np.interp(rows, index, by_batches[0]), shares
     chosen = np.minimum(prompts, float(len(shares))).astype(np.int64) - 1
     times = np.stack([np.interp(rows, index, row) for row in by_batches])
     return times[chosen, np.arange(rows.size)], shares[chosen]

@@ -206,9 +206,7 @@ def test_steps_within_inverts_the_window(first, growth, steps, share):
 
 def planned_rank(decodes, context, chunks=()):
     """What a step's time is read from, without a scheduler."""
-    return SimpleNamespace(
-        stepping=decodes, context=context, chunks=list(chunks), width=1, pool=SimpleNamespace(stride=1)
-    )
+    return SimpleNamespace(stepping=decodes, context=context, chunks=list(chunks), width=1, stride=1)
 
 
 @given(st.integers(0, 8), st.integers(0, 5000), st.lists(st.integers(1, 18), max_size=3))

@@ -120,6 +120,7 @@ class Scheduler:
         "running",
         "step",
         "steps",
+        "stride",
         "waiting",
         "width",
     )
@@ -136,6 +137,7 @@ class Scheduler:
     ) -> None:
         self.pool = pool
         self.width = rows_per_decode
+        self.stride = pool.stride
         self.prefixes = PrefixCache(pool) if prefix_caching else None
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -319,7 +321,7 @@ class Scheduler:
             grown = pool.need(self.step, steps)
             pool.take(grown)
             self.blocks_held = pool.total - pool.free - grown / 2
-            self.context += decoding * steps * pool.stride
+            self.context += decoding * steps * self.stride
         else:
             self.blocks_held = self.pool.used
         self.step = step = self.step + (0 if self.pausing else steps)
@@ -378,7 +380,7 @@ class Scheduler:
 
     def _cached(self, request: Request) -> int:
         """What a decoding request has in the KV cache. [grains]"""
-        return request.cached * self.pool.grain + (self.step - request.joined) * self.pool.stride
+        return request.cached * self.pool.grain + (self.step - request.joined) * self.stride
 
     def _stop_decoding(self, request: Request) -> int:
         """Remove a decoding request from the sums; return what it had cached. [grains]"""

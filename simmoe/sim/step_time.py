@@ -21,10 +21,10 @@ def single_step(table: TickTable, s: Scheduler) -> tuple[int, int]:
     decoding = s.stepping
     if not s.chunks:
         slope = table.per_context[decoding]
-        return table.decode[decoding] + slope * s.context, slope * decoding * s.pool.stride
+        return table.decode[decoding] + slope * s.context, slope * decoding * s.stride
     tokens, sampled, prefill = _chunks(table, s, 1)
     rows = decoding * s.width
-    time = _prompt_token(table, len(s.chunks))[tokens + rows] + table.head[sampled + rows] + prefill
+    time = table.of_chunks(len(s.chunks))[0][tokens + rows] + table.head[sampled + rows] + prefill
     if decoding:
         time += table.mixed_base[decoding] + table.mixed_per_context[decoding] * s.context
     return time, 0
@@ -52,19 +52,14 @@ def lockstep(table: TickTable, ranks: Sequence[Scheduler], steps: int, *, exchan
             (table.mixed_base, table.mixed_per_context) if s.chunks else (table.decode_base, table.per_context)
         )
         each = slope[dp * b]
-        lines.append((base[dp * b] + each * dp * s.context, each * dp * b * s.pool.stride) if b else (0, 0))
+        lines.append((base[dp * b] + each * dp * s.context, each * dp * b * s.stride) if b else (0, 0))
     first, growth = max(lines)
     for other_first, other_growth in lines:
         if other_growth > growth:
             steps = min(steps, (first - other_first) // (other_growth - growth) + 1)
-    token = _prompt_token(table, fewest_chunks) if fewest_chunks else table.token
+    token = table.of_chunks(fewest_chunks)[0] if fewest_chunks else table.token
     common = token[all_tokens if exchange else dp * most_tokens] + table.head[dp * most_sampled] + slowest_prefill
     return common + first, growth, steps
-
-
-def _prompt_token(table: TickTable, chunks: int) -> list[int]:
-    """Part that depends on the tokens alone, of a step with so many prompt chunks. [ticks]"""
-    return table.prompt_token[min(chunks, len(table.prompt_token)) - 1]
 
 
 def _chunks(table: TickTable, s: Scheduler, dp: int) -> tuple[int, int, int]:
@@ -77,5 +72,5 @@ def _chunks(table: TickTable, s: Scheduler, dp: int) -> tuple[int, int, int]:
         tokens += new
         sampled += cached + new == request.target
         pairs += new * cached + new * (new + 1) // 2
-    base, per_new, per_pair = table.prefill[min(len(s.chunks), len(table.prefill)) - 1]
+    base, per_new, per_pair = table.of_chunks(len(s.chunks))[1]
     return tokens, sampled, base + dp * (per_new * tokens + per_pair * pairs)

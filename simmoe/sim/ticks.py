@@ -27,13 +27,13 @@ def to_ticks(seconds: float) -> int:
 class TickTable:
     """A `StepTable` in ticks. ``decode[b]`` is the whole context-free part of a pure decode step of b requests.
 
-    ``per_context`` and ``mixed_per_context`` are per grain of context (`kv_cache`). ``prompt_token[i]``, ``prefill[i]``
-    (base, per new token, per pair) are of steps with i + 1 prompt chunks, the last also of steps with more.
+    ``per_context`` and ``mixed_per_context`` are per grain of context (`kv_cache`). ``prompts[i]`` is of steps with
+    i + 1 prompt chunks, the last also of steps with more: the part that depends on the tokens alone, and the prompts'
+    attention (base, per new token, per pair).
     """
 
     token: list[int]
-    prompt_token: list[list[int]]
-    prefill: list[tuple[int, ...]]
+    prompts: list[tuple[list[int], list[int]]]
     head: list[int]
     decode_base: list[int]
     decode: list[int]
@@ -68,14 +68,13 @@ class TickTable:
             for part, alone, unit in ((table.mixed_base_s, base, 1), (table.mixed_per_context_s, slope, grain))
         ]
         by_batches, shares = table.prompts
-        prompts = [token]
+        tokens = [token]
         if len(by_batches) > 1:
-            prompts = [[to_ticks(t) for t in row[: max_tokens + 1].tolist()] for row in by_batches]
+            tokens = [[to_ticks(t) for t in row[: max_tokens + 1].tolist()] for row in by_batches]
         terms = (table.prefill_base_s, table.prefill_per_token_s, table.prefill_per_pair_s)
         return cls(
             token=token,
-            prompt_token=prompts,
-            prefill=[tuple(to_ticks(term * share) for term in terms) for share in shares.tolist()],
+            prompts=list(zip(tokens, ([to_ticks(term * s) for term in terms] for s in shares.tolist()), strict=True)),
             head=head,
             decode_base=base,
             decode=[t + h + b for t, h, b in zip(token[::width], head[::width], base, strict=False)],
@@ -83,6 +82,10 @@ class TickTable:
             mixed_base=mixed[0],
             mixed_per_context=mixed[1],
         )
+
+    def of_chunks(self, chunks: int) -> tuple[list[int], list[int]]:
+        """The entry of ``prompts`` for a step with so many chunks."""
+        return self.prompts[min(chunks, len(self.prompts)) - 1]
 
 
 def window_ticks(first: int, growth: int, steps: int) -> int:
