@@ -151,6 +151,15 @@ def test_verified_rows_meet_products_and_experts_as_requests_do_but_share_a_read
     assert checked["draft"] == 0.0
 
 
+def test_verifying_costs_attention_where_that_is_bound_by_products():
+    """Latent attention of 128 heads is on an H20, which multiplies little for its bandwidth."""
+    plain, checked = (
+        Engine(load_hardware("h20"), V3, EIGHT.vary(tp=1, dp=8, ep=8, speculative=chosen)).step(Batch(256, 256 * 8000))
+        for chosen in (None, ngram(1, 1.5))
+    )
+    assert 1.7 < checked.attention_s / plain.attention_s < 2.1
+
+
 def test_more_experts_are_woken_and_alike_tokens_wake_fewer():
     """The price of verifying drafts in a MoE: with eight requests two drafts each wake almost three times as many."""
 
