@@ -3,7 +3,8 @@
 The queue it models: that of `replica`, with what a measured run adds. Scheduling may be asynchronous: the step after
 the running one is decided before that one ends, so who arrives now is computed two steps from now at the earliest
 (vLLM's ``async_scheduling``). A client gives up after a while; its request is aborted at the next step boundary.
-A new request goes to the data-parallel rank with the fewest. As arrivals are known, no event queue is needed: a window
+A new request goes to the data-parallel rank with the fewest. Copying KV blocks to host memory takes scheduler time
+(`kv_offload`), which shows where it exceeds the device's, or always where steps are not scheduled ahead. As arrivals are known, no event queue is needed: a window
 of like decode steps ends at the first boundary after the next arrival that could join.
 Left out: several engines behind a router (see `cluster`), failures. Compared with: `cluster.simulate` where both apply
 (tests/test_replay.py), measured runs (validate/vllm_showdown).
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmoe.errors import CapacityError
+from simmoe.sim.kv_offload import HostTier
 from simmoe.sim.scheduler import Request, Scheduler
 from simmoe.sim.step_time import lockstep, single_step
 from simmoe.sim.ticks import S_PER_TICK, TickTable, steps_within, to_ticks, window_ticks
@@ -52,6 +54,8 @@ def replay(
     steps_ahead: int = 0,
     patience_s: float | None = None,
     exchange: bool = False,
+    tiers: Sequence[HostTier] = (),
+    entry_s: float = 0.0,
 ) -> Replayed:
     """Play requests, sorted by arrival, through the ranks of one engine until the last has left.
 
@@ -60,19 +64,21 @@ def replay(
     steps_ahead : steps scheduled before the running one ends, 0 or 1.
     patience_s : time after which a client gives up; None: never. [s]
     exchange : whether data-parallel ranks share experts.
+    tiers : each rank's pool in host memory, if it has one.
+    entry_s : host time to walk one entry of it. [s]
 
     Raises
     ------
     CapacityError
         If a request alone does not fit the KV cache.
     """
-    return _Replay(table, requests, ranks, steps_ahead, patience_s, exchange).run()
+    return _Replay(table, requests, ranks, steps_ahead, patience_s, exchange, tiers, entry_s).run()
 
 
 class _Replay:
     def __init__(
         self, table: TickTable, requests: Sequence[Request], ranks: Sequence[Scheduler], steps_ahead: int,
-        patience_s: float | None, exchange: bool,
+        patience_s: float | None, exchange: bool, tiers: Sequence[HostTier], entry_s: float,
     ) -> None:  # fmt: skip
         for request in requests:
             if not ranks[0].can_ever_hold(request):
@@ -81,6 +87,7 @@ class _Replay:
                     f"cache; there are {ranks[0].pool.total * ranks[0].pool.block_tokens}"
                 )
         self._table, self._requests, self._ranks, self._exchange = table, requests, ranks, exchange
+        self._tiers, self._entry_s, self._host = tiers, entry_s, 0
         self._ahead = steps_ahead > 0
         self._patience = None if patience_s is None else to_ticks(patience_s)
         self._inbox: list[list[Request]] = [[] for _ in ranks]
@@ -156,14 +163,26 @@ class _Replay:
             elif late:
                 steps = 1
         assert steps, "nobody can be scheduled"
+        if self._tiers:
+            steps = min(steps, self._tiers[0].block_tokens)
         if steps > 1:
-            steps = self._cut(now, steps, first, growth)
+            steps = self._cut(now, steps, max(first, self._host), growth)
+        if self._tiers:
+            first, growth = self._with_host(first, growth, steps)
         end = now + window_ticks(first, growth, steps)
         for scheduler in self._ranks:
             if scheduler.decoding or scheduler.chunks:
                 self._complete(scheduler, steps, end)
         self._give_up(end)
         return end
+
+    def _with_host(self, first: int, growth: int, steps: int) -> tuple[int, int]:
+        """First step's time and growth with the host's work on the pools, alike in all steps of a window. [ticks]"""
+        walked = max(tier.entries_walked(s, steps) for tier, s in zip(self._tiers, self._ranks, strict=True))
+        self._host = to_ticks(self._entry_s * walked / steps)
+        if not self._ahead:
+            return first + self._host, growth
+        return (first, growth) if first >= self._host else (self._host, 0)
 
     def _cut(self, now: int, steps: int, first: int, growth: int) -> int:
         """Steps until the first boundary after the next arrival that could join, or a client's end of patience."""

@@ -25,6 +25,7 @@ from simmoe.costs.memory import footprint
 from simmoe.engine import Engine
 from simmoe.errors import SimmoeError
 from simmoe.sim.kv_cache import BlockPool
+from simmoe.sim.kv_offload import HostTier
 from simmoe.sim.policies import policy_named
 from simmoe.sim.replay import replay
 from simmoe.sim.scheduler import Request, Scheduler
@@ -129,7 +130,16 @@ def predict_run(run: Run, parameters: EngineParameters | None = None) -> dict[st
         )
         for _ in range(deployment.dp)
     ]
-    result = replay(ticks, _requests(run), ranks, steps_ahead=parameters.steps_ahead, exchange=deployment.ep > 1)
+    tiers = [HostTier(run.host_blocks, deployment.kv_block_size) for _ in ranks] if run.host_blocks else []
+    result = replay(
+        ticks,
+        _requests(run),
+        ranks,
+        steps_ahead=parameters.steps_ahead,
+        exchange=deployment.ep > 1,
+        tiers=tiers,
+        entry_s=parameters.offload_entry_time,
+    )
     each = parameters.front_end_time_per_request
     ttft = result.first_token_s - run.arrival_s + parameters.front_end_time + each * result.running_at_first
     e2e = result.finished_s - run.arrival_s + parameters.front_end_time + each * result.running_at_end

@@ -4,7 +4,8 @@ What a row leaves unsaid is assumed here: 100 prompts used round robin, ten shar
 runs show), prompts 30 tokens above nominal after re-tokenising, experts sliced by tensor parallelism unless
 data-parallel, three seconds between load stages beyond the drain. Every request generates the nominal number of tokens:
 in the traces the time a stream takes does not depend on the length its text has once tokenised again.
-Left out: KV offload to host memory (its pool holds fewer blocks than pass between two uses of a prompt).
+KV offload to host memory has a pool of 8 GiB a device where its blocks are not given (all the given ones are).
+Left out: prompts loaded back from it (it holds fewer blocks than pass between two uses of a prompt).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from simmoe.costs.memory import kv_bytes_per_token
 from simmoe.errors import MeasurementError, SimmoeError
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.hardware import Hardware
@@ -32,6 +34,8 @@ PAUSE_S = 3.0
 """Between the end of a stage and the next one's first request: 2.5 to 2.8 in the traces. [s]"""
 PATIENCE_S = 300.0
 """The load generator's time limit per request. [s]"""
+HOST_POOL_BYTES = 8 * 2**30
+"""Host memory of one device's share of the KV offload. [B]"""
 
 _PRECISIONS = {"FP16": "bfloat16", "BF16": "bfloat16", "FP8": "fp8", "INT8": "int8", "INT4": "int4", "W4A16": "int4"}
 
@@ -51,6 +55,7 @@ class Run:
     Attributes
     ----------
     kv_blocks : blocks of one data-parallel rank as the server logged them; None: not known.
+    host_blocks : blocks of its pool in host memory; 0: no KV offload.
     arrival_s, stage, prompt, input_tokens : per request, in order of arrival. [s], [-], [-], [tokens]
     output_tokens : generated per request. [tokens]
     counted_tokens : output length as the client counts it, for ITL and throughput. [tokens]
@@ -66,6 +71,7 @@ class Run:
     hardware: Hardware
     deployment: Deployment
     kv_blocks: int | None
+    host_blocks: int
     arrival_s: Array
     stage: NDArray[np.int64]
     prompt: NDArray[np.int64]
@@ -164,6 +170,7 @@ def _run(row: Mapping[str, str], folder: Path, seed: int) -> Run:
         hardware=load_hardware(row["gpu"]),
         deployment=deployment,
         kv_blocks=blocks or None,
+        host_blocks=_host_blocks(row, model, deployment),
         arrival_s=arrival,
         stage=stage,
         prompt=prompt,
@@ -181,6 +188,14 @@ def _model(row: Mapping[str, str]) -> Model:
         if not row.get("hf_id"):
             raise
         return load_model(row["hf_id"])
+
+
+def _host_blocks(row: Mapping[str, str], model: Model, deployment: Deployment) -> int:
+    """Blocks of a rank's KV pool in host memory: as logged, else what its memory holds."""
+    if row.get("cpu_offload", "0") in ("", "0"):
+        return 0
+    per_block = kv_bytes_per_token(model, deployment) * deployment.kv_block_size
+    return int(_number(row, "cpu_kv_blocks", 0)) or int(HOST_POOL_BYTES // per_block)
 
 
 def _experts_over(row: Mapping[str, str], model: Model, tp: int, dp: int) -> int:
