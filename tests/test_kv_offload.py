@@ -26,7 +26,7 @@ def scheduler(kv_tokens: int = 60_000) -> Scheduler:
 
 
 class Explicit:
-    """vLLM's manager entry by entry: places are taken in order, complete with their request, and walked for eviction."""
+    """vLLM's manager entry by entry: places are taken in order and complete with their request."""
 
     def __init__(self, blocks: int) -> None:
         self.blocks = blocks
@@ -81,9 +81,9 @@ def test_places_and_refusals_are_those_of_explicit_entries(lengths: list[tuple[i
 
 def test_prompts_in_the_pool_are_not_stored_again() -> None:
     s, tier = scheduler(), HostTier(200, BLOCK)
-    segments = (("system", 64), ("question", 96))
+    segments = ((0, 64), (1, 96))
     s.waiting.extend(Request(i, 0, 160, 20, segments) for i in range(3))
-    s.waiting.append(Request(3, 0, 160, 20, (("system", 64), ("other", 96))))
+    s.waiting.append(Request(3, 0, 160, 20, ((0, 64), (2, 96))))
     s.plan(0)
     tier.entries_walked(s, 1)
     assert tier.blocks - tier.free == 4 + 6 + 6

@@ -4,8 +4,9 @@ The queue it models: that of `replica`, with what a measured run adds. Schedulin
 the running one is decided before that one ends, so who arrives now is computed two steps from now at the earliest
 (vLLM's ``async_scheduling``). A client gives up after a while; its request is aborted at the next step boundary.
 A new request goes to the data-parallel rank with the fewest. Copying KV blocks to host memory takes scheduler time
-(`kv_offload`), which shows where it exceeds the device's, or always where steps are not scheduled ahead. As arrivals are known, no event queue is needed: a window
-of like decode steps ends at the first boundary after the next arrival that could join.
+(`kv_offload`), which shows where it exceeds the device's, or always where steps are not scheduled ahead.
+As arrivals are known, no event queue is needed: a window of like decode steps ends at the first boundary after the next
+arrival that could join.
 Left out: several engines behind a router (see `cluster`), failures. Compared with: `cluster.simulate` where both apply
 (tests/test_replay.py), measured runs (validate/vllm_showdown).
 """
@@ -65,7 +66,7 @@ def replay(
     patience_s : time after which a client gives up; None: never. [s]
     exchange : whether data-parallel ranks share experts.
     tiers : each rank's pool in host memory, if it has one.
-    entry_s : host time to walk one entry of it. [s]
+    entry_s : host time to walk one entry of it, if it is small. [s]
 
     Raises
     ------

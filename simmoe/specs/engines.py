@@ -9,7 +9,7 @@ with the tokens of the prompt.
 per step, and bytes moved per sequence and vocabulary entry.
 ``steps_ahead``: 1 if the next step is scheduled while one runs (asynchronous scheduling): newcomers wait one step more.
 ``pads_to_graphs``: batches are rounded up to the sizes of captured CUDA graphs.
-``offload_entry_time``: walking one entry of the KV pool in host memory, see `sim.kv_offload`.
+``offload_entry_time``: walking one entry of a small KV pool in host memory, see `sim.kv_offload`.
 ``kernel_slowdown``: factor on every kernel's time; 1 for an engine of the calibration's age. Routed experts of a shape
 in ``tuned_expert_shapes`` are exempt: that kernel was already the measured one, with its tile sizes tuned.
 """
