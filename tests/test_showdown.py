@@ -211,6 +211,14 @@ def test_overfilled_pool_in_host_memory_slows_the_run(tmp_path: Path) -> None:
     assert slow > 1.3 * none
 
 
+def test_ranks_of_a_dense_model_are_engines_of_their_own(tmp_path: Path) -> None:
+    dense = {"model": "Llama-3.1-8B", "hf_id": "a/Llama-3.1-8B", "tp": "1", "stages": "16rps*60s"}
+    two, one = read_runs(folder(tmp_path, dense | {"dp": "2"}, dense | {"exp_id": "x2", "stages": "8rps*60s"}))[0]
+    parameters = showdown.parameters_for(one)
+    two_s, one_s = (showdown.predict_run(run, parameters)["all"].itl_mean for run in (two, one))
+    assert two_s == pytest.approx(one_s, rel=0.02)  # lock step would wait for the slower of two
+
+
 def test_entry_time_is_recovered_from_overloaded_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = {"stages": "40rps*10s", "output_tokens_nominal": "400", "saturated": "1", "cpu_offload": "1"}
     path = folder(tmp_path, row | {"cpu_kv_blocks": "1000"})

@@ -11,7 +11,7 @@ Left out: cold starts (compilation in the first seconds of MoE runs), stalls of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import resources
@@ -27,9 +27,10 @@ from simmoe.errors import SimmoeError
 from simmoe.sim.kv_cache import BlockPool
 from simmoe.sim.kv_offload import HostTier
 from simmoe.sim.policies import policy_named
-from simmoe.sim.replay import replay
+from simmoe.sim.replay import Replayed, replay
 from simmoe.sim.scheduler import Request, Scheduler
 from simmoe.sim.ticks import TickTable, to_ticks
+from simmoe.specs.deployment import Deployment
 from simmoe.specs.engines import EngineParameters
 from simmoe.specs.measurement import read_table
 from simmoe.validation.showdown_runs import PATIENCE_S, PROMPTS_PER_GROUP, Run, find, is_showdown, read_runs
@@ -128,7 +129,37 @@ def predict_run(run: Run, parameters: EngineParameters | None = None) -> dict[st
         If the model or a request does not fit.
     """
     parameters = parameters or parameters_for(run)
-    deployment = run.deployment
+    engine = Engine(run.hardware, run.model, run.deployment, parameters=parameters)
+    result = _replayed(run, parameters)
+    each = parameters.front_end_time_per_request
+    ttft = result.first_token_s - run.arrival_s + parameters.front_end_time + each * result.running_at_first
+    e2e = result.finished_s - run.arrival_s + parameters.front_end_time + each * result.running_at_end
+    everybody = np.ones(run.stage.shape, dtype=bool)
+    sigma = _log_sigma(engine, run)
+    stages = {"all": everybody} | {str(n): run.stage == n for n in np.unique(run.stage)}
+    return {name: _figures(run, ttft, e2e, result.finished_s, mask, sigma) for name, mask in stages.items()}
+
+
+def _replayed(run: Run, parameters: EngineParameters) -> Replayed:
+    """Play a run's requests. A dense model's data-parallel ranks are engines of their own, dealt the requests in turns.
+
+    So says vLLM's ``run_engine_core``; only those of MoE models step together.
+    """
+    requests, deployment = _requests(run), run.deployment
+    if run.is_moe or deployment.dp == 1:
+        return _played(run, deployment, parameters, requests)
+    alone = deployment.vary(dp=1, gpus=deployment.gpus // deployment.dp)
+    parts = [_played(run, alone, parameters, requests[rank :: deployment.dp]) for rank in range(deployment.dp)]
+    times = {}
+    for name in ("first_token_s", "finished_s", "running_at_first", "running_at_end"):
+        times[name] = np.empty(len(requests))
+        for rank, part in enumerate(parts):
+            times[name][rank :: deployment.dp] = getattr(part, name)
+    return Replayed(**times, preemptions=sum(p.preemptions for p in parts), hit_tokens=sum(p.hit_tokens for p in parts))
+
+
+def _played(run: Run, deployment: Deployment, parameters: EngineParameters, requests: Sequence[Request]) -> Replayed:
+    """Play requests through one engine."""
     engine = Engine(run.hardware, run.model, deployment, parameters=parameters)
     prompt = float(run.input_tokens.mean())
     table = engine.compile(mean_context=prompt + run.output_tokens / 2, prompt_tokens=prompt)
@@ -147,22 +178,15 @@ def predict_run(run: Run, parameters: EngineParameters | None = None) -> dict[st
         for _ in range(deployment.dp)
     ]
     tiers = [HostTier(run.host_blocks, deployment.kv_block_size) for _ in ranks] if run.host_blocks else []
-    result = replay(
+    return replay(
         ticks,
-        _requests(run),
+        requests,
         ranks,
         steps_ahead=parameters.steps_ahead,
         exchange=deployment.ep > 1,
         tiers=tiers,
         entry_s=parameters.offload_entry_time,
     )
-    each = parameters.front_end_time_per_request
-    ttft = result.first_token_s - run.arrival_s + parameters.front_end_time + each * result.running_at_first
-    e2e = result.finished_s - run.arrival_s + parameters.front_end_time + each * result.running_at_end
-    everybody = np.ones(run.stage.shape, dtype=bool)
-    sigma = _log_sigma(engine, run)
-    stages = {"all": everybody} | {str(n): run.stage == n for n in np.unique(run.stage)}
-    return {name: _figures(run, ttft, e2e, result.finished_s, mask, sigma) for name, mask in stages.items()}
 
 
 def _figures(run: Run, ttft: Any, e2e: Any, finished: Any, mine: Any, sigma: float) -> Figures:
