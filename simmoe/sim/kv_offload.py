@@ -13,6 +13,7 @@ Checked in: tests/test_kv_offload.py against explicit entries; with validate/vll
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterable
 
@@ -41,7 +42,7 @@ class HostTier:
         self.block_tokens = block_tokens
         self.refused = 0
         """Requests refused in the steps looked at last."""
-        self._slowness = max(1.0, blocks / SMALL_POOL) ** 0.5
+        self._slowness = math.sqrt(max(1.0, blocks / SMALL_POOL))
         self._offered: dict[Request, int] = {}
         """Blocks of a request that were offered and taken (or found)."""
         self._held: dict[Request, list[tuple[object, int]]] = {}
