@@ -98,6 +98,10 @@ def predict(
     routing: Annotated[
         str | None, typer.Option(help="Popularity and more, e.g. zipf:0.8 or zipf:1,independence=0.7,placement=eplb.")
     ] = None,
+    speculative: Annotated[
+        str | None,
+        typer.Option(help="Drafted tokens and their acceptance: mtp:1,length=1.85, ngram:3,rate=0.4 or none."),
+    ] = None,
     engine: Annotated[str | None, typer.Option(help="vllm, sglang, trtllm or generic.")] = None,
     precision: Annotated[
         str | None, typer.Option(help="Weights: bfloat16, fp8, fp8_block, int8, int4, mxfp4, nvfp4.")
@@ -115,6 +119,8 @@ def predict(
 
     `simmoe predict h200 --model deepseek-v3 --gpus 8 --rate 4 --input 2000 --output 500 --active-experts 8,6,4`
 
+    `simmoe predict h200 --model deepseek-v3 --gpus 8 --speculative mtp:1,length=1.85`
+
     `simmoe predict hardware/h100.yaml --model path/to/config.json --concurrency 128 --plot caps.png --json`
     """
     from simmoe import predict as predicting  # noqa: PLC0415
@@ -125,7 +131,7 @@ def predict(
     shapes = load.load_model(model)
     layout = flags.deployment_from(
         deployment, gpus=gpus, tp=tp, ep=ep, dp=dp, pp=pp, total_experts=total_experts, engine=engine, routing=routing,
-        weight_precision=precision,
+        weight_precision=precision, speculative=speculative,
     )  # fmt: skip
     traffic = flags.workload_from(
         workload, rate=rate, concurrency=concurrency, input_tokens=input_tokens, output_tokens=output_tokens

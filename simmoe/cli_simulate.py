@@ -28,6 +28,10 @@ def simulate(
     input_tokens: Annotated[float | None, typer.Option("--input", help="Mean input tokens. [default: 1024]")] = None,
     output_tokens: Annotated[float | None, typer.Option("--output", help="Mean output tokens. [default: 256]")] = None,
     active_experts: Annotated[int | None, typer.Option(help="Cap on active experts per token.")] = None,
+    speculative: Annotated[
+        str | None,
+        typer.Option(help="Drafted tokens and their acceptance: mtp:1,length=1.85, ngram:3,rate=0.4 or none."),
+    ] = None,
     engine: Annotated[str | None, typer.Option(help="vllm, sglang, trtllm or generic.")] = None,
     precision: Annotated[str | None, typer.Option(help="Weights: bfloat16, fp8, fp8_block, int8, int4 ...")] = None,
     deployment: Annotated[Path | None, typer.Option(help="Deployment YAML; flags override it.")] = None,
@@ -65,7 +69,7 @@ def simulate(
 
     layout = {
         "gpus": gpus, "tp": tp, "ep": ep, "dp": dp, "pp": pp, "active_experts": active_experts, "engine": engine,
-        "weight_precision": precision,
+        "weight_precision": precision, "speculative": speculative,
     }  # fmt: skip
     traffic: dict[str, Any] = {
         "rate": rate, "concurrency": concurrency, "input_tokens": input_tokens, "output_tokens": output_tokens,

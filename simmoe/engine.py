@@ -3,25 +3,27 @@
 Overlap rule: the parts of a step run one after another on the device, unless the deployment's ``exchange.overlap`` puts
 something under dispatch and combine, which then count with what still shows; the host's time is added, and the total is
 their sum. Attention runs on each data-parallel rank's share of the batch, experts see the tokens of all ranks. Pipeline
-stages work on micro-batches of 1/pp of the batch.
+stages work on micro-batches (`costs.pipeline`). With speculative decoding a decoding request brings the rows it
+verifies to every product, to the experts and to the head, and drafting comes on top (`costs.speculation`).
 Left out: power throttling, collectives that slow each other. Checked against: validate/.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from simmoe.costs import overlap
+from simmoe.costs import overlap, pipeline
 from simmoe.costs.attention_layers import AttentionLayers
 from simmoe.costs.moe_layers import MoeLayers
 from simmoe.costs.operators import allreduce, elementwise, gemm, host_glue
 from simmoe.costs.operators.host import is_host
 from simmoe.costs.precision import Precision, precision_of
+from simmoe.costs.speculation import Drafts, drafter
 from simmoe.costs.timing import KernelTimes, kernel_times
 from simmoe.errors import SpecError
 from simmoe.specs.deployment import Deployment
@@ -66,6 +68,7 @@ class Engine:
         self.top_k, self.num_experts = _active(model, deployment)
         self.sigma: dict[str, float] = {}
         self._given = parameters
+        self._width = deployment.rows_per_decode
 
     @cached_property
     def parameters(self) -> EngineParameters:
@@ -73,9 +76,9 @@ class Engine:
         return self._given or engine_parameters(self.deployment, self.hardware.device.name)
 
     @property
-    def _host_per_sequence(self) -> float:
-        """Host time a sequence of the replica adds: every data-parallel rank has a scheduler of its own. [s]"""
-        return self.parameters.host_time_per_sequence / self.deployment.dp
+    def _host_per_row(self) -> float:
+        """Host time a sequence adds, by the rows it samples: every data-parallel rank has its own scheduler. [s]"""
+        return self.parameters.host_time_per_sequence / self.deployment.dp / self._width
 
     @property
     def _experts_tuned(self) -> bool:
@@ -95,18 +98,23 @@ class Engine:
             self.model, self.deployment, self.times, self.precision, self.top_k, self.num_experts, self.inclusion
         )
 
-    def token_parts(self, tokens: Array, attention_s: Array | float = 0.0) -> dict[str, Array]:
+    def token_parts(
+        self, tokens: Array, attention_s: Array | float = 0.0, micro_batches: int | None = None
+    ) -> dict[str, Array]:
         """Time of every part that depends on the step's token count alone, all layers. [s]
 
         Parameters
         ----------
         tokens : shape (n,), new tokens of the whole replica in the step. [tokens]
         attention_s : attention of the step, under which two half batches hide their exchange. [s]
+        micro_batches : parts of the step that follow each other through pipeline stages; the time is one's. None: as
+            many as stages.
         """
         d, m = self.deployment, self.model
         exchanges = self.moe is not None and self.moe.exchanges_tokens
         halves = 2 if exchanges and d.exchange.overlap == "two_batch" else 1
-        local = np.maximum(np.ceil(np.asarray(tokens, dtype=np.float64) / (d.dp * d.pp * halves)), 1.0)
+        cut = d.dp * (micro_batches or d.pp) * halves
+        local = np.maximum(np.ceil(np.asarray(tokens, dtype=np.float64) / cut), 1.0)
         shapes = self._matrices()
         parts = self._gemms(shapes, local)
         if self.moe is not None:
@@ -231,11 +239,12 @@ class Engine:
     @cached_property
     def attention(self) -> AttentionLayers:
         """The attention layers."""
-        return AttentionLayers(self.hardware, self.model, self.deployment, self.times, self.precision)
+        return AttentionLayers(self.hardware, self.model, self.deployment, self.times, self.precision, self._width)
 
     def decode_attention(self, requests: Array, context: Array) -> Array:
         """Attention of ``requests`` decoding requests with a mean ``context`` each, all layers. [s]"""
-        return self._slowed(self.attention.decode(requests, context))
+        layers = self.attention
+        return self._slowed((layers.decode if self._width == 1 else layers.mixed)(requests, context))
 
     def prefill_attention(self, new: Array, cached: Array) -> Array:
         """Attention of one prompt chunk of ``new`` tokens after ``cached`` ones, all layers. [s]"""
@@ -276,8 +285,8 @@ class Engine:
     def _rows(self, tokens: Array) -> Array:
         """Rows that kernels work on for a step's tokens: a captured graph's next size, where the engine uses them.
 
-        vLLM captures 1, 2, 4, then every 8 up to 256 and every 16 up to 512, at most twice ``max_num_seqs``
-        (``cudagraph_capture_sizes`` of its compilation config).
+        vLLM captures 1, 2, 4, then every 8 up to 256 and every 16 up to 512, at most twice the rows that
+        ``max_num_seqs`` requests bring (``cudagraph_capture_sizes`` of its compilation config).
         """
         d = self.deployment
         if not self.parameters.pads_to_graphs:
@@ -286,8 +295,57 @@ class Engine:
         each = np.ceil(np.asarray(tokens, dtype=np.float64) / ranks)
         small = np.where(each <= 2, each, np.where(each <= 4, 4, 8 * np.ceil(each / 8)))
         padded = np.where(each <= 256, small, 16 * np.ceil(each / 16))
-        captured = min(2 * d.max_num_seqs, 512)
+        captured = min(2 * d.max_num_seqs * self._width, 512)
         return np.where(each <= captured, np.maximum(padded * ranks, tokens), tokens)
+
+    # ---- what stands around the layers ------------------------------------------------------------------------
+
+    @cached_property
+    def drafts(self) -> Drafts | None:
+        """What drafts tokens on the device; None: nothing does."""
+        found = drafter(self.model, self.deployment)
+        chosen = self.deployment.speculative
+        if found is None or chosen is None:
+            return None
+        inclusion = self.inclusion if chosen.method == "mtp" else None
+        stack = Engine(self.hardware, *found, self.times, inclusion, self.parameters)
+        return Drafts(stack, chosen.draft_tokens, chosen.method == "mtp", self.parameters.kernel_slowdown)
+
+    def _drafting(self, batch: Batch, rows: Array) -> float:
+        """Drafting in a step. [s]"""
+        drafts, requests = self.drafts, np.array([float(batch.decode_requests)])
+        if drafts is None:
+            return 0.0
+        seconds = float(drafts.tokens_s(rows)[0])
+        if batch.decode_requests:
+            context = batch.decode_context_tokens / requests
+            seconds += float((drafts.requests_s(requests) + drafts.attention_s(requests, context))[0])
+        for new, cached in batch.prefill_chunks:
+            seconds += float(drafts.prompt_attention_s(np.array([new]), np.array([cached]))[0]) / self.deployment.dp
+        self.sigma["draft"] = drafts.sigma
+        return seconds
+
+    @property
+    def _drained(self) -> bool:
+        return self.deployment.pipeline == "drained"
+
+    def _hand_over(self, tokens: Array, micro_batches: Array | float) -> Array:
+        """Time each stage waits for a micro-batch to arrive, shape (stages, n). [s]"""
+        each = np.ceil(tokens / (self.deployment.dp * micro_batches))
+        return pipeline.hand_over_s(self.model, self.deployment, self.hardware, np.maximum(each, 1.0))
+
+    def _waiting(self, parts: Mapping[str, Array], tokens: Array, requests: Array | None, chunks: int = 0) -> Array:
+        """What a step takes longer than its parts because of pipeline stages: of decodes, or of prompt chunks. [s]"""
+        stages = self.deployment.pp
+        if stages == 1:
+            return np.zeros(np.shape(tokens))
+        self.sigma["pipeline"] = UNFITTED_LOG_SIGMA
+        layers = pipeline.stage_times(parts, self.model, stages)
+        in_flight = float(min(chunks, stages)) if requests is None else np.ceil(requests / self.deployment.dp)
+        in_flight = np.minimum(in_flight, stages)
+        arriving = layers + self._hand_over(tokens, in_flight)
+        taken = pipeline.step_s(arriving, in_flight, drained=self._drained)
+        return np.asarray(taken - layers.sum(axis=0))
 
     # ---- a step, and the table --------------------------------------------------------------------------------
 
@@ -296,14 +354,21 @@ class Engine:
 
         ``finishing_prompts`` of its chunks end their prompt and sample a token; None: all of them.
         """
-        tokens = self._rows(np.array([max(batch.tokens, 1)], dtype=np.float64))
+        rows = self._rows(np.array([max(batch.rows(self._width), 1)], dtype=np.float64))
         attention = self._attention(batch)
-        parts = {name: float(value[0]) for name, value in self.token_parts(tokens, attention).items()}
-        finishing = len(batch.prefill_chunks) if finishing_prompts is None else finishing_prompts
-        sequences = batch.decode_requests + finishing
-        parts["head"] = float(self.head(np.array([sequences], dtype=np.float64))[0])
-        parts["host"] += self._host_per_sequence * sequences
-        parts["attention"] = attention
+        chunks = len(batch.prefill_chunks)
+        timed = self.token_parts(rows, attention, min(chunks, self.deployment.pp) or None)
+        if chunks:
+            timed["pipeline"] = self._waiting(timed, rows, None, chunks)
+        finishing = chunks if finishing_prompts is None else finishing_prompts
+        sequences = batch.decode_requests * self._width + finishing
+        timed["head"] = self.head(np.array([sequences], dtype=np.float64))
+        timed["attention"] = np.array([attention])
+        if not chunks:
+            timed["pipeline"] = self._waiting(timed, rows, np.array([float(batch.decode_requests)]))
+        timed["host"] = timed["host"] + self._host_per_row * sequences
+        timed["draft"] = np.array([self._drafting(batch, rows)])
+        parts = {name: float(value[0]) for name, value in timed.items()}
         named = {f"{name}_s": value for name, value in parts.items()}
         return StepBreakdown(**named, log_sigma=spread(parts, self.sigma))
 
@@ -313,17 +378,20 @@ class Engine:
             mean = batch.decode_context_tokens / batch.decode_requests
             kernel = self.mixed_attention if batch.prefill_chunks else self.decode_attention
             attention += float(kernel(np.array([batch.decode_requests]), np.array([mean]))[0])
+        d, chunks = self.deployment, len(batch.prefill_chunks)
+        in_flight = np.array([float(min(max(chunks, 1), d.pp))])
+        share = float(pipeline.prompt_share(in_flight, d.pp, drained=self._drained)[0]) / d.dp
         for new, cached in batch.prefill_chunks:  # spread over the data-parallel ranks
-            attention += float(self.prefill_attention(np.array([new]), np.array([cached]))[0]) / self.deployment.dp
+            attention += share * float(self.prefill_attention(np.array([new]), np.array([cached]))[0])
         return attention
 
     def _usual_attention(self, tokens: Array, mean_context: float, prompt_tokens: float) -> Array | float:
         """Attention of steps told by their tokens alone: requests that decode up to the limit, prompts beyond. [s]"""
         if self.deployment.exchange.overlap != "two_batch":
             return 0.0
-        decoding = np.minimum(tokens, self.deployment.requests_per_replica)
+        decoding = np.minimum(tokens / self._width, self.deployment.requests_per_replica)
         chunk = np.array([min(prompt_tokens, float(self.deployment.max_num_batched_tokens))])
-        chunks = (tokens - decoding) / np.maximum(chunk, 1.0) / self.deployment.dp
+        chunks = (tokens - decoding * self._width) / np.maximum(chunk, 1.0) / self.deployment.dp
         decode = self.decode_attention(decoding, np.full(tokens.shape, mean_context))
         return np.asarray(decode + chunks * self.prefill_attention(chunk, np.zeros(1)), dtype=np.float64)
 
@@ -335,14 +403,29 @@ class Engine:
         mean_context : context a decoding request has on average; attention is linearised around it. [tokens]
         prompt_tokens : typical prompt; prefill attention is linearised around one chunk of it. [tokens]
         """
-        d = self.deployment
+        d, width = self.deployment, self._width
         running = d.requests_per_replica
-        budget = max(d.tokens_per_replica, running)
+        budget = max(d.tokens_per_replica, running * width)
         grid = _grid(budget)
-        parts = self.token_parts(grid, self._usual_attention(grid, mean_context, prompt_tokens))
         rows = self._rows(np.arange(budget + 1, dtype=np.float64))
-        token_s = np.interp(rows, grid, sum(parts.values(), np.zeros(grid.shape)))
-        token_s[0] = 0.0
+
+        def tabulated(parts: Mapping[str, Array]) -> Array:
+            seconds = np.interp(rows, grid, sum(parts.values(), np.zeros(grid.shape)))
+            seconds[0] = 0.0
+            return np.asarray(seconds)
+
+        usual = self._usual_attention(grid, mean_context, prompt_tokens)
+        parts = self.token_parts(grid, usual)
+        by_batches = [parts]
+        if d.pp > 1:
+            by_batches = [self.token_parts(grid, usual, chunks) for chunks in range(1, d.pp + 1)]
+            for chunks, timed in enumerate(by_batches, start=1):
+                timed["pipeline"] = self._waiting(timed, grid, None, chunks)
+        drafts = self.drafts
+        if drafts is not None:
+            parts["draft"] = drafts.tokens_s(grid)
+            self.sigma["draft"] = drafts.sigma
+
         requests = _grid(running)
         index = np.arange(running + 1)
         near, far = max(mean_context / 2, 1.0), max(mean_context * 1.5, 2.0)
@@ -357,24 +440,47 @@ class Engine:
 
         base_s, slope_s = affine(self.decode_attention)
         mixed_base_s, mixed_slope_s = affine(self.mixed_attention)
-        sequences = _grid(running + budget)
-        head = np.interp(np.arange(running + budget + 1), sequences, self.head(sequences))
-        head += self._host_per_sequence * np.arange(head.size)
+        sequences = _grid(running * width + budget)
+        head = np.interp(np.arange(running * width + budget + 1), sequences, self.head(sequences))
+        draft_s, draft_slope_s = np.zeros(index.shape), np.zeros(index.shape)
+        if drafts is not None:
+            draft_s, draft_slope_s = affine(drafts.attention_s)
+            draft_s += np.interp(index, requests, drafts.requests_s(requests))
+            draft_s[0] = 0.0
+        waiting = np.zeros(index.shape)
+        if d.pp > 1:
+            of_requests = {name: np.interp(rows[1 : running + 1], grid, value) for name, value in parts.items()}
+            of_requests |= {"head": head[1 : running + 1], "attention": (base_s + slope_s * index * mean_context)[1:]}
+            waiting[1:] = self._waiting(of_requests, rows[1 : running + 1], index[1:].astype(np.float64))
+        head += self._host_per_row * np.arange(head.size)
         head[0] = 0.0
         chunk = max(min(prompt_tokens, float(d.max_num_batched_tokens)), 2.0)
-        chunks = np.array([chunk, max(chunk / 2, 1.0)])
-        whole, half = self.prefill_attention(chunks, np.zeros(2)).tolist()
-        # chunks spread over the data-parallel ranks, which work at the same time
-        pairs = chunks * (chunks + 1) / 2
-        quadratic = max(whole - 2 * half, 0.0) / (pairs[0] - 2 * pairs[1]) if whole > 2 * half else 0.0
-        linear = max(whole - half - quadratic * (pairs[0] - pairs[1]), 0.0) / (chunks[0] - chunks[1])
-        floor = max(whole - linear * chunks[0] - quadratic * pairs[0], 0.0)
-        linear, quadratic = linear / d.dp, quadratic / d.dp
-        detail = StepDetail(grid, parts, dict(self.sigma), self._host_per_sequence, rows)
-        return StepTable(
-            token_s, head, base_s, slope_s, float(floor), float(linear), float(quadratic), detail, mixed_base_s,
-            mixed_slope_s, self.parameters.steps_ahead,
+        prefill = _quadratic(self.prefill_attention, chunk, d.dp)
+        draft_prefill = (0.0, 0.0, 0.0) if drafts is None else _quadratic(drafts.prompt_attention_s, chunk, d.dp)
+        floor, linear, quadratic = (a + b for a, b in zip(prefill, draft_prefill, strict=True))
+        detail = StepDetail(
+            grid, parts, dict(self.sigma), self._host_per_row, rows, tuple(by_batches), draft_s, draft_slope_s,
+            draft_prefill, waiting,
         )  # fmt: skip
+        return StepTable(
+            tabulated(parts), head, base_s + draft_s + waiting, slope_s + draft_slope_s, floor, linear, quadratic,
+            detail, mixed_base_s + draft_s, mixed_slope_s + draft_slope_s, width,
+            np.stack([tabulated(timed) for timed in by_batches]),
+            pipeline.prompt_share(np.arange(1.0, d.pp + 1), d.pp, drained=self._drained),
+            steps_ahead=self.parameters.steps_ahead,
+        )  # fmt: skip
+
+
+def _quadratic(kernel: Callable[[Array, Array], Array], chunk: float, ranks: int) -> tuple[float, float, float]:
+    """Attention of prompt chunks about ``chunk`` long: a base, and per token and pair, spread over ``ranks``. [s]"""
+    chunks = np.array([chunk, max(chunk / 2, 1.0)])
+    whole, half = kernel(chunks, np.zeros(2)).tolist()
+    # chunks spread over the data-parallel ranks, which work at the same time
+    pairs = chunks * (chunks + 1) / 2
+    quadratic = max(whole - 2 * half, 0.0) / (pairs[0] - 2 * pairs[1]) if whole > 2 * half else 0.0
+    linear = max(whole - half - quadratic * (pairs[0] - pairs[1]), 0.0) / (chunks[0] - chunks[1])
+    floor = max(whole - linear * chunks[0] - quadratic * pairs[0], 0.0)
+    return float(floor), float(linear / ranks), float(quadratic / ranks)
 
 
 def _active(model: Model, deployment: Deployment) -> tuple[int, int]:

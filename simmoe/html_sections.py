@@ -58,7 +58,10 @@ def deployment_sections(
         f"{units.text(parameters.host_time_per_sequence, 's')} a request, kernels x {parameters.kernel_slowdown:g} "
         f"({parameters.source})"
     )
-    page.items([host, "routing uniform over experts unless the deployment says otherwise; no speculative decoding"])
+    drafts = "no speculative decoding"
+    if deployment.speculative is not None:
+        drafts = f"speculative decoding: {deployment.speculative.in_words()}"
+    page.items([host, f"routing uniform over experts unless the deployment says otherwise; {drafts}"])
 
 
 def _quality(

@@ -1,7 +1,8 @@
 """Throughput of one replica against the requests it holds, in closed form.
 
 Model: with r requests passing per step, a step carries B = r (O - 1) decoding requests and p = r I prompt tokens (I, O
-mean input and output lengths; the first output token comes from the step that ends the prompt). A share f = p / c of
+mean input and output lengths; the first output token comes from the step that ends the prompt; with speculative
+decoding `decode_steps` stands for O - 1, and each decoding request brings the rows it verifies). A share f = p / c of
 the steps carries a chunk of c prompt tokens, so the mean step is t = t_decode(B) + f (t_mixed - t_decode), throughput
 X = r / t, and Little's law gives the requests in flight N = B + X (time spent in prefill): over r, a table of X(N).
 
@@ -13,13 +14,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simmoe.errors import CapacityError
 from simmoe.specs.deployment import Deployment
-from simmoe.specs.workload import Workload
+from simmoe.specs.workload import Lengths, Workload
 from simmoe.step import StepTable
 
 Array = NDArray[np.float64]
@@ -36,13 +38,15 @@ class Curve:
     in_flight : requests being prefilled or decoded. [requests]
     requests_per_s : throughput. [1/s]
     step_s, decode_step_s, mixed_step_s : mean step, a step without and with prompt tokens. [s]
-    tpot_s : mean step as a decoding request sees it: its own prefill is not part of it. [s]
+    tpot_s : time per token of a decoding request, whose own prefill is not part of it: the mean step as it sees it, or
+        less where a step emits several. [s]
     mixed_share : share of steps that carry prompt tokens. [-]
     decoding : mean decoding requests. [requests]
     prefill_s : time from first being scheduled to the first token. [s]
     prompt_rate : prompt tokens a second the replica could take if more were waiting. [tokens/s]
     chunk : prompt tokens in a step that carries any. [tokens]
     beside : decoding requests in such a step. [requests]
+    width : rows that a decoding request brings to a step. [tokens]
     limit : what ends the curve: "KV cache", "max_num_seqs" or "token budget".
     token_budget : most tokens in one step. [tokens]
     steps_ahead : steps decided before the running one ends, 0 or 1.
@@ -62,6 +66,7 @@ class Curve:
     beside: Array
     limit: str
     token_budget: float
+    width: int = 1
     steps_ahead: int = 0
 
     @property
@@ -83,7 +88,8 @@ def load_curve(table: StepTable, deployment: Deployment, workload: Workload, kv_
         If not even one request's KV fits.
     """
     input_tokens, output_tokens = workload.input.mean, workload.output.mean
-    steps = output_tokens - 1
+    width = deployment.rows_per_decode
+    steps = decode_steps(workload.output, deployment.tokens_per_decode)
     # half a block is lost per request; a decoding request holds on average its prompt and half its output
     per_request_kv = input_tokens + output_tokens / 2 + deployment.kv_block_size / 2
     if input_tokens + output_tokens > kv_tokens:
@@ -97,7 +103,7 @@ def load_curve(table: StepTable, deployment: Deployment, workload: Workload, kv_
     budget = float(min(deployment.tokens_per_replica, table.max_tokens))
 
     # requests per step: up to all slots decoding, or the token budget, whichever ends first
-    by_budget = budget / (input_tokens + steps)
+    by_budget = budget / (input_tokens + width * steps)
     by_slots = most / max(steps, 1.0)
     if by_budget < by_slots:
         limit = "token budget"
@@ -109,7 +115,7 @@ def load_curve(table: StepTable, deployment: Deployment, workload: Workload, kv_
     if workload.concurrency is not None and workload.output.kind == "fixed":
         # equal outputs end together: requests stay in cohorts that are prefilled in one step, up to its token budget
         together = np.maximum(decoding + r, 1.0)
-    room = np.maximum(budget - decoding, 1.0)
+    room = np.maximum(budget - width * decoding, 1.0)
     # prompts meet by chance: each of r (steps + 1) requests is followed by a new prompt in one of its steps
     any_prompt = 1.0 - (1.0 - 1.0 / (steps + 1.0)) ** (r * (steps + 1.0))
     meeting = prompt / any_prompt
@@ -124,14 +130,13 @@ def load_curve(table: StepTable, deployment: Deployment, workload: Workload, kv_
     # ranks that step together wait for the one that has a prompt: attention and head as if each had one
     slowest = np.maximum(chunk, deployment.dp * np.minimum(chunk, input_tokens))
     pairs = slowest * (input_tokens + 1) / 2
-    sampled = np.minimum(beside + slowest / input_tokens, len(table.head_s) - 1)
+    sampled = np.minimum(width * beside + slowest / input_tokens, len(table.head_s) - 1)
+    tokens_s, share_shown = _with_prompts(table, width * beside + chunk, cohort)
     mixed_step = (
-        np.interp(beside + chunk, np.arange(table.max_tokens + 1), table.token_s)
+        tokens_s
         + np.interp(sampled, np.arange(len(table.head_s)), table.head_s)
         + _attention_s(table, beside, beside * (input_tokens + output_tokens / 2))
-        + table.prefill_base_s
-        + table.prefill_per_token_s * slowest
-        + table.prefill_per_pair_s * pairs
+        + share_shown * (table.prefill_base_s + table.prefill_per_token_s * slowest + table.prefill_per_pair_s * pairs)
     )
     step = decode_step * (1 - share) + share * mixed_step
     throughput = r / step
@@ -150,7 +155,7 @@ def load_curve(table: StepTable, deployment: Deployment, workload: Workload, kv_
         "step_s": step,
         "decode_step_s": decode_step,
         "mixed_step_s": mixed_step,
-        "tpot_s": seen,
+        "tpot_s": seen * steps / max(output_tokens - 1, 1e-9),
         "mixed_share": share,
         "decoding": decoding,
         "prefill_s": prefill,
@@ -159,15 +164,43 @@ def load_curve(table: StepTable, deployment: Deployment, workload: Workload, kv_
         "beside": beside,
     }
     at_n = {name: np.interp(n, in_flight, column) for name, column in columns.items()}
-    return Curve(in_flight=n, **at_n, limit=limit, token_budget=budget, steps_ahead=table.steps_ahead)
+    return Curve(
+        in_flight=n, **at_n, limit=limit, token_budget=budget, width=width, steps_ahead=table.steps_ahead
+    )  # fmt: skip
+
+
+def decode_steps(output: Lengths, tokens_per_step: Fraction) -> float:
+    """Mean decode steps of a request: its tokens after the first over those a step emits, rounded up. [steps]
+
+    A remainder is taken to be any number of parts of a step, equally likely, unless all outputs are equal.
+    """
+    after_first = output.mean - 1
+    if tokens_per_step == 1 or after_first <= 0:
+        return after_first
+    if output.kind == "fixed":
+        return math.ceil(Fraction(after_first).limit_denominator(1000) / tokens_per_step)
+    p = tokens_per_step.numerator
+    return after_first / float(tokens_per_step) + (p - 1) / (2 * p)
+
+
+def _with_prompts(table: StepTable, rows: Array, prompts: Array) -> tuple[Array, Array]:
+    """Part that depends on the rows alone, of steps with prompts; and the share of prompts' attention. [s], [-]"""
+    by_batches, shares = table.prompts
+    index = np.arange(table.max_tokens + 1)
+    if len(shares) == 1:
+        return np.interp(rows, index, by_batches[0]), shares
+    chosen = np.minimum(prompts, float(len(shares))).astype(np.int64) - 1
+    times = np.stack([np.interp(rows, index, row) for row in by_batches])
+    return times[chosen, np.arange(rows.size)], shares[chosen]
 
 
 def _decode_s(table: StepTable, decoding: Array, context: Array) -> Array:
     """Pure decode step for a fractional number of requests; at least one is there while a step runs."""
     at_least = np.maximum(decoding, 1.0)
     scale = np.divide(at_least, decoding, out=np.ones_like(decoding), where=decoding > 0)
-    tokens = np.interp(at_least, np.arange(table.max_tokens + 1), table.token_s)
-    head = np.interp(at_least, np.arange(len(table.head_s)), table.head_s)
+    rows = at_least * table.rows_per_decode
+    tokens = np.interp(rows, np.arange(table.max_tokens + 1), table.token_s)
+    head = np.interp(rows, np.arange(len(table.head_s)), table.head_s)
     return np.asarray(tokens + head + _attention_s(table, at_least, context * scale), dtype=np.float64)
 
 

@@ -2,7 +2,8 @@
 
 Definitions, as `vllm bench serve` states them:
 TTFT = first token - arrival. TPOT = (last token - first token) / (output tokens - 1), per request, defined for
-two or more output tokens. ITL = gap between consecutive tokens of a request. E2E = last token - arrival.
+two or more output tokens. ITL = gap between consecutive chunks of a request's stream: a chunk a step, with one token
+or, with speculative decoding, all that the step emits (ITL is a step then, TPOT less). E2E = last token - arrival.
 Percentiles of TTFT, TPOT, E2E interpolate linearly between requests, those of ITL between single gaps, all
 requests' gaps pooled. Goodput (Zhong et al., "DistServe", OSDI 2024): requests per second that meet every limit of
 the objective. Rates are over the window after the warm-up; request_throughput and output_throughput of `vllm bench
@@ -149,8 +150,9 @@ class RequestTable:
 class StepLog:
     """What ranks did: a row is ``steps`` like steps, step i taking ``first_s + i * growth_s``.
 
-    Each step gives ``decodes`` tokens to requests that decode and ``sampled`` first tokens to finished prompts, and
-    computes ``prompt_tokens``. ``running``: requests in the batch; ``blocks``: KV blocks held, mean of the row's start
+    Each step gives a token to each of ``decodes`` requests and computes one of theirs; beside these the row emits
+    ``sampled`` tokens, first ones of finished prompts and accepted drafts, and computes ``prompt_tokens`` of prompts
+    and drafts. ``running``: requests in the batch; ``blocks``: KV blocks held, mean of the row's start
     and end. Ranks of one engine log the same steps. ``gap_s``: times between two tokens of
     ``gap_count`` requests that hold more than a step (a preemption, a pause, a move), ending at ``gap_end_s``; these
     tokens are among the row's ``sampled``.

@@ -224,7 +224,8 @@ def mean_step(
     mean_context = workload.input.mean + workload.output.mean / 2
     prompts = max(1, round(chunk / workload.input.mean))
     running = round(beside) if workload.output.mean > 1 else 0
-    each = max(1, min(round(chunk / prompts), (table.max_tokens - running) // prompts))
+    room = table.max_tokens - running * table.rows_per_decode
+    each = max(1, min(round(chunk / prompts), room // prompts))
     mixed = table.breakdown(Batch(running, round(running * mean_context), ((each, 0),) * prompts), prompts)
     if workload.output.mean <= 1:
         return mixed

@@ -93,13 +93,17 @@ def _assumptions(p: Prediction) -> Text:
     load = f"open loop, {w.rate:g} requests/s (Poisson)" if w.rate else closed
     precision = d.weight_precision or p.model.native_precision
     e = p.engine_parameters
+    speculation = "no speculative decoding"
+    if d.speculative is not None:
+        speculation = f"speculative decoding ({d.speculative.in_words()})"
     return Text(
         f"{p.model.name} on {d.gpus} x {p.hardware.device.name} "
         f"({layout}, {d.replicas} replica{'s' * (d.replicas > 1)}), "
         f"weights {precision}, KV {d.kv_precision}, engine {d.engine}\n"
         f"{load}; {w.input.mean:g} input and {w.output.mean:g} output tokens ({w.input.kind}/{w.output.kind}); "
         f"at most {d.max_num_seqs} requests and {d.max_num_batched_tokens} tokens a step per data-parallel rank\n"
-        f"Assumed: routing {d.routing.in_words()}, no prefix-cache hits, no speculative decoding; engine host time "
+        f"Assumed: routing {d.routing.in_words()}, no prefix-cache hits, "
+        f"{speculation}; engine host time "
         f"{units.text(e.host_time_per_step, 's')} a step + {units.text(e.host_time_per_sequence, 's')} a request, "
         f"kernels x {e.kernel_slowdown:g}\n"
     )

@@ -24,7 +24,8 @@ def table(result: Simulated) -> RenderableType:
     d = s.deployment
     head = Text(
         f"{s.model.name} on {d.gpus} x {s.hardware.device.name} (tp {d.tp_size}, ep {d.ep}, dp {d.dp}, pp {d.pp}, "
-        f"{d.replicas} replica{'s' * (d.replicas > 1)}), engine {d.engine}\n"
+        f"{d.replicas} replica{'s' * (d.replicas > 1)}), engine {d.engine}"
+        f"{f', speculative decoding ({d.speculative.in_words()})' if d.speculative else ''}\n"
         f"{load_text(s.workload)}; {s.workload.input.mean:.4g} input and {s.workload.output.mean:.4g} output tokens "
         f"({s.workload.input.kind}/{s.workload.output.kind})\n"
         f"{m.requests} requests measured in {len(result.runs)} run{'s' * (len(result.runs) > 1)} of "

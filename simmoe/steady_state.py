@@ -180,7 +180,7 @@ def _open_ttft(
     idle = np.minimum(np.where(states < 1, 1 - states, 0.0), 1.0)
     long = at["mixed_share"] * at["mixed_step_s"]
     into_long = long / (long + (1 - at["mixed_share"]) * at["decode_step_s"])
-    room = np.maximum(curve.token_budget - at["decoding"], 1.0)
+    room = np.maximum(curve.token_budget - curve.width * at["decoding"], 1.0)
     cohort = np.maximum(at["chunk"] / workload.input.mean, 1.0)  # prompts that the mixed step already holds
     marginal = np.maximum(at["mixed_step_s"] - at["decode_step_s"], 0.0) / cohort  # of one more prompt in the step
     uniform = (np.arange(6) + 0.5) / 6
@@ -267,7 +267,7 @@ def _metrics(
         e2e=e2e,
         mean_running=at["running"] * replicas,
         mean_waiting=waiting * replicas,
-        mean_batch_tokens=at["decoding"] + throughput * workload.input.mean * at["step_s"],
+        mean_batch_tokens=deployment.rows_per_decode * at["decoding"] + throughput * workload.input.mean * at["step_s"],
         mean_step_s=at["step_s"],
         kv_utilisation=min(1.0, at["running"] * (workload.input.mean + output / 2) / kv_tokens),
         utilisation=utilisation,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ class Batch:
 
     Attributes
     ----------
-    decode_requests : requests that get one new token each. [requests]
+    decode_requests : requests that make one decode step each. [requests]
     decode_context_tokens : sum over them of tokens already in the KV cache. [tokens]
     prefill_chunks : per prompt chunk (new tokens, tokens of that request already cached). [tokens]
     """
@@ -36,9 +36,13 @@ class Batch:
     prefill_chunks: tuple[tuple[int, int], ...] = ()
 
     @property
-    def tokens(self) -> int:
-        """New tokens the step computes."""
-        return self.decode_requests + sum(new for new, _ in self.prefill_chunks)
+    def prompt_tokens(self) -> int:
+        """Prompt tokens the step computes."""
+        return sum(new for new, _ in self.prefill_chunks)
+
+    def rows(self, per_decode: int = 1) -> int:
+        """Tokens the step computes, a decoding request bringing ``per_decode``: its own and drafts to verify."""
+        return self.decode_requests * per_decode + self.prompt_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +61,8 @@ class StepBreakdown:
     all_reduce_s: float = 0.0
     elementwise_s: float = 0.0
     head_s: float = 0.0
+    draft_s: float = 0.0
+    pipeline_s: float = 0.0
     host_s: float = 0.0
     log_sigma: float = 0.0
 
@@ -87,30 +93,41 @@ class StepDetail:
     grid : token counts at which the parts were timed, shape (n,). [tokens]
     parts_s : part -> time at the grid, shape (n,). [s]
     log_sigma : part -> spread of ln(measured / predicted). [-]
-    host_per_sequence_s : host time per sequence that samples; `StepTable.head_s` holds it. [s]
+    host_per_row_s : host time per row that samples; `StepTable.head_s` holds it. [s]
     rows : tokens of a step -> rows its kernels work on, shape (tokens + 1,): captured graphs round up. [tokens]
+    prompt_parts_s : as ``parts_s`` for steps with prompts, by the micro-batches these make in a pipeline.
+    draft_s, draft_per_context_s, pipeline_s : what the decode terms of `StepTable` hold beside attention, by decoding
+        requests: drafting, and waiting for other pipeline stages; shape (requests + 1,). [s], [s/token], [s]
+    draft_prompt_s : what the prefill terms hold of drafting: base, per token, per pair. [s]
     """
 
     grid: Array
     parts_s: Mapping[str, Array]
     log_sigma: Mapping[str, float]
-    host_per_sequence_s: float
+    host_per_row_s: float
     rows: Array
+    prompt_parts_s: tuple[Mapping[str, Array], ...]
+    draft_s: Array
+    draft_per_context_s: Array
+    draft_prompt_s: tuple[float, float, float]
+    pipeline_s: Array
 
 
 @dataclass(frozen=True)
 class StepTable:
     """Step time as look-ups: exact in the batch, affine in context. All times in seconds.
 
-    time = token_s[tokens]                               (everything that depends on the token count alone)
-         + head_s[sequences that sample]                 (decode requests + prompts that finish in the step)
+    time = token_s[rows]                                 (everything that depends on the token count alone)
+         + head_s[rows that sample]                      (those of decoding requests + prompts that finish in the step)
          + decode_base_s[b] + decode_per_context_s[b] * context   (if b = decode_requests > 0)
          + prefill_base_s                                   (once, if the step has any prompt chunk)
          + prefill_per_token_s * new + prefill_per_pair_s * pairs
-    In a step that has both, mixed_base_s and mixed_per_context_s stand in for the decode terms, if given.
-    with new, pairs = sums over the step's prompt chunks of new and of new * cached + new * (new + 1) / 2:
-    attention kernels take all chunks of a step in one launch. With data-parallel ranks, counts are the whole
-    replica's, evenly spread over the ranks.
+    with rows = new + b * rows_per_decode (1 without speculative decoding), and new, pairs = sums over the step's prompt
+    chunks of new and of new * cached + new * (new + 1) / 2: attention kernels take all chunks of a step in one launch.
+    In a step that has both, mixed_base_s and mixed_per_context_s stand in for the decode terms, if given. In a pipeline
+    steps with c prompt chunks have prompt_token_s[i, rows] for the first term and prompt_shares[i] of the prefill
+    terms, i = min(c, stages) - 1.
+    With data-parallel ranks, counts are the whole replica's, evenly spread over the ranks.
     ``steps_ahead``: steps decided before the running one ends, 0 or 1 (asynchronous scheduling).
     """
 
@@ -124,7 +141,31 @@ class StepTable:
     detail: StepDetail | None = None
     mixed_base_s: Array | None = None
     mixed_per_context_s: Array | None = None
+    rows_per_decode: int = 1
+    prompt_token_s: Array | None = None
+    prompt_shares: Array | None = None
     steps_ahead: int = 0
+
+    def __post_init__(self) -> None:
+        if self.prompt_token_s is None:  # no pipeline: a step's prompts make one batch with its decodes
+            object.__setattr__(self, "prompt_token_s", self.token_s[None])
+            object.__setattr__(self, "prompt_shares", np.ones(1))
+
+    @property
+    def prompts(self) -> tuple[Array, Array]:
+        """``prompt_token_s``, shape (stages, tokens + 1), and ``prompt_shares``, shape (stages,)."""
+        assert self.prompt_token_s is not None
+        assert self.prompt_shares is not None
+        return self.prompt_token_s, self.prompt_shares
+
+    def scaled(self, factor: float) -> StepTable:
+        """The same table with every time multiplied; without its breakdown."""
+        times = {
+            f.name: value * factor
+            for f in fields(self)
+            if f.name.endswith("_s") and (value := getattr(self, f.name)) is not None
+        }
+        return replace(self, **times, detail=None)
 
     @property
     def max_tokens(self) -> int:
@@ -138,9 +179,10 @@ class StepTable:
 
     def decode_s(self, requests: int, context_tokens: float) -> float:
         """Time of a pure decode step. [s]"""
+        rows = requests * self.rows_per_decode
         return float(
-            self.token_s[requests]
-            + self.head_s[requests]
+            self.token_s[rows]
+            + self.head_s[rows]
             + self.decode_base_s[requests]
             + self.decode_per_context_s[requests] * context_tokens
         )
@@ -148,7 +190,7 @@ class StepTable:
     def step_s(self, batch: Batch, finishing_prompts: int = 0) -> float:
         """Time of a step; ``finishing_prompts`` of its chunks end their prompt and sample a token. [s]"""
         b = batch.decode_requests
-        total = float(self.token_s[batch.tokens] + self.head_s[b + finishing_prompts])
+        total = self._tokens_s(batch) + float(self.head_s[b * self.rows_per_decode + finishing_prompts])
         mixed = bool(batch.prefill_chunks)
         if b:
             base = self.mixed_base_s if mixed and self.mixed_base_s is not None else self.decode_base_s
@@ -157,27 +199,46 @@ class StepTable:
                 slope = self.mixed_per_context_s
             total += float(base[b] + slope[b] * batch.decode_context_tokens)
         if batch.prefill_chunks:
-            new = sum(n for n, _ in batch.prefill_chunks)
-            pairs = sum(n * cached + n * (n + 1) / 2 for n, cached in batch.prefill_chunks)
-            total += self.prefill_base_s + self.prefill_per_token_s * new + self.prefill_per_pair_s * pairs
+            terms = (self.prefill_base_s, self.prefill_per_token_s, self.prefill_per_pair_s)
+            total += _of_prompts(batch, terms) * float(self.prompts[1][self._micro_batches(batch)])
         return total
+
+    def _micro_batches(self, batch: Batch) -> int:
+        return min(len(batch.prefill_chunks), len(self.prompts[1])) - 1
+
+    def _tokens_s(self, batch: Batch) -> float:
+        rows = batch.rows(self.rows_per_decode)
+        if batch.prefill_chunks:
+            return float(self.prompts[0][self._micro_batches(batch), rows])
+        return float(self.token_s[rows])
 
     def breakdown(self, batch: Batch, finishing_prompts: int = 0) -> StepBreakdown:
         """The same time, part by part; the parts add up to `step_s` within interpolation."""
-        assert self.detail is not None, "compiled without detail"
-        parts = {
-            name: float(np.interp(self.detail.rows[max(batch.tokens, 1)], self.detail.grid, value))
-            for name, value in self.detail.parts_s.items()
-        }
-        sequences = batch.decode_requests + finishing_prompts
-        host = self.detail.host_per_sequence_s * sequences
+        detail = self.detail
+        assert detail is not None, "compiled without detail"
+        b, at = batch.decode_requests, detail.rows[max(batch.rows(self.rows_per_decode), 1)]
+        tabulated = detail.prompt_parts_s[self._micro_batches(batch)] if batch.prefill_chunks else detail.parts_s
+        parts = {name: float(np.interp(at, detail.grid, value)) for name, value in tabulated.items()}
+        sequences = b * self.rows_per_decode + finishing_prompts
+        host = detail.host_per_row_s * sequences
         parts["head"] = float(self.head_s[sequences]) - host
         parts["host"] += host
-        parts["attention"] = self.step_s(batch, finishing_prompts) - float(
-            self.token_s[batch.tokens] + self.head_s[sequences]
-        )
+        drafting = float(detail.draft_s[b] + detail.draft_per_context_s[b] * batch.decode_context_tokens)
+        if batch.prefill_chunks:
+            drafting += _of_prompts(batch, detail.draft_prompt_s)
+        waiting = 0.0 if batch.prefill_chunks else float(detail.pipeline_s[b])
+        beside = self._tokens_s(batch) + float(self.head_s[sequences])
+        parts["attention"] = self.step_s(batch, finishing_prompts) - beside - drafting - waiting
+        parts["draft"] = parts.get("draft", 0.0) + drafting
+        parts["pipeline"] = parts.get("pipeline", 0.0) + waiting
         fields_of = {f"{name}_s": value for name, value in parts.items()}
-        return StepBreakdown(**fields_of, log_sigma=spread(parts, self.detail.log_sigma))
+        return StepBreakdown(**fields_of, log_sigma=spread(parts, detail.log_sigma))
+
+
+def _of_prompts(batch: Batch, terms: tuple[float, float, float]) -> float:
+    """What a step's prompt chunks add: a base, and per new token and attended pair. [s]"""
+    pairs = sum(n * cached + n * (n + 1) / 2 for n, cached in batch.prefill_chunks)
+    return terms[0] + terms[1] * batch.prompt_tokens + terms[2] * pairs
 
 
 def spread(parts: Mapping[str, float], sigma: Mapping[str, float]) -> float:

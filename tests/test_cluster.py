@@ -23,10 +23,12 @@ from simmoe.specs.cluster import Autoscaling, Cluster, Disaggregation, Failures
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.hardware import Link
 from simmoe.specs.load import load_hardware, load_model
+from simmoe.specs.speculative import Speculative
 from simmoe.specs.workload import Arrivals, Lengths, Workload
 
 SMALL = Deployment(gpus=1, tp=1, max_num_seqs=8, max_num_batched_tokens=64)
 TABLE = make_table(64, 8)
+SPECULATIVE = Speculative(method="ngram", draft_tokens=2, acceptance_length=1.7)
 
 
 def fixed(tokens):
@@ -65,10 +67,13 @@ def loops(draw, most_in=40, most_out=50):
     st.sampled_from([0.05, 0.4, 2.0]),
     st.sampled_from([0.0, 0.3]),
     st.sampled_from([0, 1]),
+    st.sampled_from([None, SPECULATIVE]),
 )
-def test_failing_replicas_equal_the_twin(workload, replicas, dp, kv_tokens, seed, policy, between, restart, ahead):
-    deployment = SMALL.vary(gpus=replicas * dp, dp=dp)
-    table = replace(make_table(64 * dp, 8 * dp), steps_ahead=ahead)
+def test_failing_replicas_equal_the_twin(
+    workload, replicas, dp, kv_tokens, seed, policy, between, restart, ahead, speculative
+):
+    deployment = SMALL.vary(gpus=replicas * dp, dp=dp, speculative=speculative)
+    table = replace(make_table(64 * dp, 8 * dp, rows=deployment.rows_per_decode), steps_ahead=ahead)
     failures = Failures(mean_time_between=between, restart_time=restart)
     options = {"requests": 25, "seed": seed, "policy": policy}
     jobs = simulate_cluster(table, workload, deployment, kv_tokens * dp, failures=failures, **options)
@@ -94,11 +99,17 @@ def test_failing_replicas_equal_the_twin(workload, replicas, dp, kv_tokens, seed
         layers=st.sampled_from([1, 4]),
     ),
     st.sampled_from([0, 1]),
+    st.sampled_from([None, SPECULATIVE]),
 )
-def test_prefill_and_decode_apart_equal_the_twin(workload, prefill, decode, kv_in, kv_out, seed, transfer, ahead):
-    pools = (SMALL.vary(gpus=prefill), SMALL.vary(gpus=decode, max_num_seqs=4, kv_block_size=4))
+def test_prefill_and_decode_apart_equal_the_twin(
+    workload, prefill, decode, kv_in, kv_out, seed, transfer, ahead, speculative
+):
+    second = SMALL.vary(gpus=decode, max_num_seqs=4, kv_block_size=4, speculative=speculative)
+    pools = (SMALL.vary(gpus=prefill), second)
     table = replace(TABLE, steps_ahead=ahead)
-    second = (replace(make_table(64, 4, slope=2e-4), steps_ahead=ahead), pools[1], kv_out)
+    second = (
+        replace(make_table(64, 4, slope=2e-4, rows=second.rows_per_decode), steps_ahead=ahead), pools[1], kv_out
+    )  # fmt: skip
     options = {"requests": 25, "seed": seed}
     jobs = simulate_cluster(table, workload, pools[0], kv_in, decode=second, transfer=transfer, **options)
     setup = PoolSetup(table=second[0], deployment=second[1], kv_tokens=second[2])
@@ -110,7 +121,8 @@ def test_prefill_and_decode_apart_equal_the_twin(workload, prefill, decode, kv_i
     log = result.steps
     gaps = np.repeat(log.gap_s, log.gap_count.astype(int))
     counted = (log.decodes * log.steps).sum() + len(gaps)
-    assert counted == sum(j.output - 1 for j in jobs.values())  # every gap between tokens counts once
+    assert counted == sum(len(j.token_times) - 1 for j in jobs.values())  # every gap between chunks counts once
+    assert speculative or counted == sum(j.output - 1 for j in jobs.values())
     total = np.repeat(log.first_s * log.steps + log.growth_s * log.steps * (log.steps - 1) / 2, log.decodes.astype(int))
     assert total.sum() + gaps.sum() == pytest.approx(
         sum((j.token_times[-1] - j.token_times[0]) * TICK for j in jobs.values())

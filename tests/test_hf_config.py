@@ -58,6 +58,7 @@ CONFIGS = {
     ),
     "deepseek-v3": config(
         "DeepseekV3ForCausalLM", 7168, 61, 129280, 128, context=163840, **mla(q_lora_rank=1536), **V3_KEYS,
+        num_nextn_predict_layers=1,
     ),
     "kimi-k2": config(
         "DeepseekV3ForCausalLM", 7168, 61, 163840, 64, context=131072, **mla(q_lora_rank=1536),
@@ -96,7 +97,7 @@ CONFIGS = {
         "Glm4MoeForCausalLM", 5120, 92, 151552, 96, 8, 131072, head_dim=128, intermediate_size=12288,
         moe_intermediate_size=1536, n_routed_experts=160, n_shared_experts=1, num_experts_per_tok=8,
         first_k_dense_replace=3, n_group=1, topk_group=1, norm_topk_prob=True, routed_scaling_factor=2.5,
-        attention_bias=True, use_qk_norm=True,
+        attention_bias=True, use_qk_norm=True, num_nextn_predict_layers=1,
     ),
     "minimax-m2": config(
         "MiniMaxM2ForCausalLM", 3072, 62, 200064, 48, 8, 196608, head_dim=128, intermediate_size=1536,

@@ -17,8 +17,9 @@ BASES = {
     "A": ("h100", "qwen3-30b-a3b", {"engine": "sglang"}, 16),
     "B": ("h200", "deepseek-v3", {"gpus": 16, "tp": 1, "dp": 16, "ep": 16, "engine": "sglang"}, 1024),
     "C": ("h100", "mixtral-8x7b", {"offload": {"cached_experts": 4}}, 1),
+    "D": ("h200", "deepseek-v3", {"gpus": 8, "engine": "sglang"}, 16),
 }
-ROWS = re.findall(r"^\| ([ABC]) \| `(.+?)` \| ([+-]\d+) % \|", NOTES.read_text(), flags=re.MULTILINE)
+ROWS = re.findall(r"^\| ([ABCD]) \| `(.+?)` \| ([+-]\d+) % \|", NOTES.read_text(), flags=re.MULTILINE)
 
 
 @cache
@@ -40,6 +41,8 @@ def test_the_notes_tell_of_every_kind_of_switch():
         "exchange",
         "overlap",
         "offload",
+        "speculative",
+        "pp: 4",
     ):
         assert switch in told
 

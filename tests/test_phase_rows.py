@@ -3,6 +3,7 @@
 import pytest
 
 from simmoe.validation.phase_rows import compare_row, is_phase_row
+from simmoe.validation.serving_rows import group_of
 from simmoe.validation.summary import Outcome
 
 ROW = {
@@ -42,7 +43,7 @@ def test_a_pool_that_devices_do_not_divide_is_filled_with_copies():
     [
         ({"batch_per_gpu": float("nan")}, "batch"),
         ({"input_tokens": float("nan")}, "context"),
-        ({"spec_decoding": "mtp steps=1"}, "speculative"),
+        ({"spec_decoding": "mtp"}, "speculative"),
         ({"gpu": "Abacus"}, "no hardware file"),
         ({"output_tokens_per_s": float("nan")}, "without a rate"),
     ],
@@ -51,6 +52,13 @@ def test_what_cannot_be_predicted_is_counted_with_the_reason(changes, reason):
     result = outcome(**changes)
     assert not result.comparisons
     assert reason in next(iter(result.skipped))
+
+
+def test_accepted_drafts_count_and_their_rows_stand_apart():
+    plain, drafted = (outcome(spec_decoding=words).comparisons[0] for words in ("none", "mtp steps=1"))
+    assert 1.1 * plain.predicted < drafted.predicted < 1.875 * plain.predicted
+    assert group_of({**ROW, "spec_decoding": "mtp steps=1"}) == "/speculative, acceptance assumed"
+    assert group_of(ROW) == ""
 
 
 def test_mixed_rows_are_not_phase_rows():

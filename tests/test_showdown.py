@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import gzip
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +44,8 @@ ROW = {
     "output_tokens_nominal": "100",
     "output_tokens_measured_mean": "98",
     "saturated": "",
+    "cpu_offload": "",
+    "cpu_kv_blocks": "",
     "trace_file": "",
 }
 
@@ -132,7 +136,7 @@ def test_prefix_caching_shortens_ttft_and_can_be_off(tmp_path: Path) -> None:
 
 
 def test_trace_is_replayed_request_by_request(tmp_path: Path) -> None:
-    rows = [
+    rows: list[dict[str, object]] = [
         {"idx": i, "stage": 0, "arrival_s": 10 + i, "prompt_id": i % 3, "input_tokens": 400 + i % 3, "output_tokens": 5}
         for i in range(6)
     ]
@@ -140,6 +144,94 @@ def test_trace_is_replayed_request_by_request(tmp_path: Path) -> None:
     assert run.arrival_s.tolist() == [0, 1, 2, 3, 4, 5]
     assert run.prompt.tolist() == [0, 1, 2, 0, 1, 2]
     assert run.output_tokens == 100  # what the server generates, whatever its text is tokenised to
+
+
+def test_trace_is_found_however_it_is_packed_and_may_lack_columns(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"idx": i, "arrival_s": 0.5 * i, "input_tokens": "" if i == 2 else 300} for i in range(5)
+    ]
+    path = folder(tmp_path, {"trace_file": "elsewhere/x1.csv"}, trace=rows)
+    run = only(path)
+    assert run.arrival_s.tolist() == [0, 0.5, 1, 1.5, 2]
+    assert run.input_tokens.tolist() == [300] * 5
+    assert run.stage.tolist() == [0] * 5
+    assert run.prompt.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_run_without_its_trace_follows_its_load(tmp_path: Path) -> None:
+    run = only(folder(tmp_path, {"trace_file": "traces/gone.csv.gz"}))
+    assert run.arrival_s.size == 2 * 40 + 4 * 40
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"stages": "8rps"}, "stages '8rps': not like 8rps\\*600s"),
+        ({"output_tokens_nominal": "", "output_tokens_measured_mean": ""}, "no output_tokens_nominal"),
+        ({"tp": "3"}, "tp 3 does not divide the 32 heads"),
+        ({"max_num_seqs": "0"}, "max_num_seqs: 0 will not do"),
+        ({"gpu": "TPU-v9"}, "'TPU-v9' is not known"),
+    ],
+)
+def test_row_that_cannot_be_run_is_one_clear_line(tmp_path: Path, change: dict[str, str], reason: str) -> None:
+    outcome = showdown.compare(folder(tmp_path, {}, {"exp_id": "x2"} | change))
+    [skipped] = outcome.skipped
+    assert re.search(reason, skipped)
+    assert skipped.startswith(f"{tmp_path.name}/x2: ")
+    assert "\n" not in skipped
+    assert {c.source_id for c in outcome.comparisons} == {"x1"}
+
+
+def test_optional_columns_may_be_missing(tmp_path: Path) -> None:
+    path = folder(tmp_path, {})
+    few = ("exp_id", "model", "gpu", "stages", "tp", "question_tokens_nominal", "output_tokens_nominal")
+    (path / "experiments.csv").write_text(
+        ",".join(few) + "\n" + ",".join(ROW[name] for name in few) + "\n", encoding="utf-8"
+    )
+    (path / "peer_predictions.csv").unlink()
+    groups = {c.group for c in showdown.compare(path).comparisons}
+    assert groups == {"vllm_showdown/simmoe/all", "vllm_showdown/simmoe/moe"}
+    measured = (path / "measured.csv").read_text(encoding="utf-8").replace("ttft_mean,30", "ttft_mean,700")
+    (path / "measured.csv").write_text(measured, encoding="utf-8")
+    assert {c.group for c in showdown.compare(path).comparisons} == {"vllm_showdown/simmoe/overloaded"}
+
+
+def test_pool_in_host_memory_has_the_blocks_that_were_logged_or_fit(tmp_path: Path) -> None:
+    rows = [{}, {"exp_id": "x2", "cpu_offload": "1"}, {"exp_id": "x3", "cpu_offload": "1", "cpu_kv_blocks": "77"}]
+    runs = read_runs(folder(tmp_path, *rows))[0]
+    per_block = 16 * 48 * (4 / 2) * 2 * 128 * 2  # tokens, layers, KV heads on a device, keys and values, width, B
+    assert [run.host_blocks for run in runs] == [0, int(8 * 2**30 // per_block), 77]
+
+
+def test_overfilled_pool_in_host_memory_slows_the_run(tmp_path: Path) -> None:
+    rows = [{"cpu_offload": "1", "output_tokens_nominal": "400"}, {"exp_id": "x2", "output_tokens_nominal": "400"}]
+    runs = read_runs(folder(tmp_path, *[row | {"stages": "40rps*10s"} for row in rows]))[0]
+    small = replace(runs[0], host_blocks=1_000)
+    parameters = showdown.parameters_for(small).vary(offload_entry_time=4e-7)
+    slow, free, none = (showdown.predict_run(run, parameters)["all"].itl_mean for run in (small, *runs))
+    assert free == pytest.approx(none, rel=5e-3)
+    assert slow > 1.3 * none
+
+
+def test_ranks_of_a_dense_model_are_engines_of_their_own(tmp_path: Path) -> None:
+    dense = {"model": "Llama-3.1-8B", "hf_id": "a/Llama-3.1-8B", "tp": "1", "stages": "16rps*60s"}
+    two, one = read_runs(folder(tmp_path, dense | {"dp": "2"}, dense | {"exp_id": "x2", "stages": "8rps*60s"}))[0]
+    parameters = showdown.parameters_for(one)
+    two_s, one_s = (showdown.predict_run(run, parameters)["all"].itl_mean for run in (two, one))
+    assert two_s == pytest.approx(one_s, rel=0.02)  # lock step would wait for the slower of two
+
+
+def test_entry_time_is_recovered_from_overloaded_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"stages": "40rps*10s", "output_tokens_nominal": "400", "saturated": "1", "cpu_offload": "1"}
+    path = folder(tmp_path, row | {"cpu_kv_blocks": "1000"})
+    values = {"front_end_time": 6e-3}
+    monkeypatch.setattr(showdown_fit, "ENTRY_TIMES", np.geomspace(2e-7, 8e-7, 4))
+    truth = showdown.parameters_for(only(path)).vary(offload_entry_time=4e-7, **values)
+    itl = showdown.predict_run(only(path), truth)["all"].itl_mean
+    monkeypatch.setattr(showdown_fit, "measured_figures", lambda _: {("x1", "0"): {"itl_mean": itl}})
+    found, without = showdown_fit.estimate_entry_time(path, values, {"Qwen3-30B-A3B": values})
+    assert found == pytest.approx(4e-7, rel=0.1)
+    assert without == {"Qwen3-30B-A3B": 0.0}  # nothing to learn it from
 
 
 def test_runs_of_an_estimated_model_use_parameters_estimated_without_it(tmp_path: Path) -> None:

@@ -204,6 +204,11 @@ def test_steps_within_inverts_the_window(first, growth, steps, share):
     assert steps_within(first, growth, elapsed) == steps
 
 
+def planned_rank(decodes, context, chunks=()):
+    """What a step's time is read from, without a scheduler."""
+    return SimpleNamespace(stepping=decodes, context=context, chunks=list(chunks), width=1, stride=1, loading=0)
+
+
 @given(st.integers(0, 8), st.integers(0, 5000), st.lists(st.integers(1, 18), max_size=3))
 def test_ticks_keep_the_tables_times(decodes, context, prompts):
     """The twin shares the rounding to ticks; this is the check of that rounding against float seconds."""
@@ -212,7 +217,7 @@ def test_ticks_keep_the_tables_times(decodes, context, prompts):
     ticks = TickTable.of(TABLE, max_tokens=64, max_requests=8)
     decodes = min(decodes, 8 - len(prompts))
     chunks = [(SimpleNamespace(target=n + 7), n, 7) for n in prompts]
-    planned = SimpleNamespace(stepping=decodes, context=context if decodes else 0, chunks=chunks, loading=0)
+    planned = planned_rank(decodes, context if decodes else 0, chunks)
     batch = Batch(decodes, context if decodes else 0, tuple((n, 7) for n in prompts))
     seconds = TABLE.step_s(batch, len(prompts))
     assert single_step(ticks, planned)[0] * S_PER_TICK == pytest.approx(seconds, rel=1e-9)
@@ -239,13 +244,13 @@ def test_limits_that_contradict_are_named():
 def test_lockstep_window_is_the_slowest_rank_at_every_step(ranks, steps, exchange):
     """And where the window ends early, another rank does take over in the next step."""
     ticks = TickTable.of(TABLE, max_tokens=64, max_requests=8)
-    planned = [SimpleNamespace(stepping=b, context=b * c, chunks=[], loading=0) for b, c in ranks]
+    planned = [planned_rank(b, b * c) for b, c in ranks]
     if not any(b for b, _ in ranks):
         return
     first, growth, held = lockstep(ticks, planned, steps, exchange=exchange)
 
     def slowest(step):
-        now = [SimpleNamespace(stepping=b, context=b * (c + step), chunks=[], loading=0) for b, c in ranks]
+        now = [planned_rank(b, b * (c + step)) for b, c in ranks]
         return lockstep(ticks, now, 1, exchange=exchange)[0]
 
     assert 1 <= held <= steps

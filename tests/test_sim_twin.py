@@ -16,13 +16,20 @@ from simmoe.specs.workload import Lengths, Prompts, Workload
 from simmoe.step import StepTable
 
 
-def make_table(tokens: int, requests: int, *, per_context: float = 2e-6, slope: float = 1e-4) -> StepTable:
+def make_table(
+    tokens: int, requests: int, *, per_context: float = 2e-6, slope: float = 1e-4, rows: int = 1, stages: int = 1
+) -> StepTable:
     """Any increasing table does: nothing here is a prediction."""
     b = np.arange(requests + 1)
     t = np.arange(tokens + 1)
+    token_s = 5e-3 + slope * t + 1e-3 * np.sqrt(t)
+    batches = np.arange(1, stages + 1)
     return StepTable(
-        token_s=5e-3 + slope * t + 1e-3 * np.sqrt(t),
-        head_s=1e-4 + 1e-5 * np.arange(requests + tokens + 1),
+        rows_per_decode=rows,
+        prompt_token_s=token_s * (1 + stages / batches)[:, None] / 2,
+        prompt_shares=(batches + stages - 1) / (batches * stages),
+        token_s=token_s,
+        head_s=1e-4 + 1e-5 * np.arange(requests * rows + tokens + 1),
         decode_base_s=1e-4 + 3e-5 * b,
         decode_per_context_s=per_context / np.sqrt(1 + b),
         prefill_base_s=2e-4,
@@ -43,18 +50,29 @@ def lengths(draw, most: int):
     return Lengths(kind="lognormal", mean=draw(st.integers(1, most)), cv=draw(st.floats(0.2, 2.0)), high=most)
 
 
+ACCEPTED = (1.0, 1.5, 1.85, 2.0, 2.62, 3.5, 4.0)
+
+
 @st.composite
 def scenarios(draw):
     dp = draw(st.sampled_from([1, 1, 1, 2, 3]))
     replicas = draw(st.sampled_from([1, 1, 2, 3]))
     seqs = dp * draw(st.sampled_from([1, 2, 4, 16]))
+    drafts = draw(st.sampled_from([0, 0, 1, 3]))
+    pp = 1 if drafts else draw(st.sampled_from([1, 1, 3]))
+    speculative = {
+        "method": "ngram", "draft_tokens": drafts,
+        "acceptance_length": draw(st.sampled_from([a for a in ACCEPTED if a <= drafts + 1])),
+    } if drafts else None  # fmt: skip
     deployment = Deployment(
-        gpus=replicas * dp,
+        gpus=replicas * dp * pp,
+        pp=pp,
+        speculative=speculative,
         tp=1,
         dp=dp,
         ep=draw(st.sampled_from([1, dp])),
         max_num_seqs=seqs,
-        max_num_batched_tokens=seqs + dp * draw(st.sampled_from([0, 1, 13, 64])),
+        max_num_batched_tokens=(1 + drafts) * seqs + dp * draw(st.sampled_from([0, 1, 13, 64])),
         kv_block_size=draw(st.sampled_from([1, 4, 16])),
     )
     loop = (
@@ -110,7 +128,11 @@ tiers = st.builds(
 )
 def test_fast_forward_equals_stepping_one_at_a_time(scenario, tier, seed, router, policy, steps_ahead):
     deployment, workload, kv_tokens = scenario
-    table = replace(make_table(deployment.tokens_per_replica, deployment.requests_per_replica), steps_ahead=steps_ahead)
+    table = make_table(
+        deployment.tokens_per_replica, deployment.requests_per_replica, rows=deployment.rows_per_decode,
+        stages=deployment.pp,
+    )  # fmt: skip
+    table = replace(table, steps_ahead=steps_ahead)
     options = {"requests": 40, "seed": seed, "router": router, "policy": policy, "tier": tier}
     jobs, refused, loaded = simulate_stepwise(table, workload, deployment, kv_tokens, **options)
     if not jobs:
@@ -133,6 +155,7 @@ def test_fast_forward_equals_stepping_one_at_a_time(scenario, tier, seed, router
     assert result.loaded_tokens == loaded
     assert served.preemptions.tolist() == [j.preemptions for j in twins]
     log = result.steps
+    assert (log.decodes * log.steps + log.sampled).sum() == pytest.approx(sum(j.output for j in twins), rel=1e-9)
     gaps = [gap for row in zip(log.first_s, log.growth_s, log.steps, log.decodes, strict=True) for gap in expand(*row)]
     expected_gaps = [b - a for j in twins for a, b in zip(j.token_times, j.token_times[1:], strict=False)]
     ours = np.sort([*gaps, *np.repeat(log.gap_s, log.gap_count.astype(int))])

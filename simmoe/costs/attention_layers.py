@@ -2,7 +2,9 @@
 
 MLA decodes absorbed (two small batched products around the latent kernel) and prefills expanded (the up-projection is a
 matrix product); grouped-query attention is its kernel alone. Sliding windows cut the context of the layers that have
-one. Left out: what several chunks in one launch share. Checked against: validate/, profiles/*/{mla,attention}_*.csv.
+one. Requests that verify drafts bring several query rows to one read of their cache, which stand beside the heads in a
+tile (FlashMLA and FlashAttention 3 pack them so). Left out: what several chunks in one launch share, the causal mask
+among such rows. Checked against: validate/, profiles/*/{mla,attention}_*.csv.
 """
 
 from __future__ import annotations
@@ -32,6 +34,10 @@ _LATENT_DECODE = {"vllm": {"framework": "sglang"}}
 class AttentionLayers:
     """All attention layers of a model on one rank's share of a batch.
 
+    Parameters
+    ----------
+    queries : rows a decoding request brings: its token, and drafts to verify. [tokens]
+
     Attributes
     ----------
     sigma : log spread of the last kernel timed. [-]
@@ -42,6 +48,7 @@ class AttentionLayers:
     deployment: Deployment
     times: KernelTimes
     precision: Precision
+    queries: int = 1
     sigma: float = DEFAULT_LOG_SIGMA
 
     def decode(self, requests: Array, context: Array) -> Array:
@@ -58,7 +65,7 @@ class AttentionLayers:
             choice = self.times.kernels.get(mla.MLA_DECODE.name)
             tile, splits = (choice.head_tile, choice.splits) if choice else (float(mla.HEAD_TILE), 1.0)
             features = mla.decode_features(
-                batch, context, heads, kv_lora_rank=latent, rope_dim=rope, kv_bytes=kv_bytes,
+                batch, context, heads * self.queries, kv_lora_rank=latent, rope_dim=rope, kv_bytes=kv_bytes,
                 compute_bits=bits if bits > 16 else None, head_tile=tile, splits=splits,
             )  # fmt: skip
             # SGLang widens an fp8 cache before it multiplies, which later kernels do not
@@ -73,7 +80,7 @@ class AttentionLayers:
                 ("mla_gen_post", float(a.v_head_dim), latent),
             ):
                 absorb = bmm.features_of(
-                    batch, heads, n, k, weight_bytes=p.weight_bytes, activation_bytes=p.activation_bytes,
+                    batch * self.queries, heads, n, k, weight_bytes=p.weight_bytes, activation_bytes=p.activation_bytes,
                     compute_bits=p.compute_bits,
                 )  # fmt: skip
                 extra, _ = self.times.seconds(bmm.OPERATOR, absorb, operation=operation, dtype=p.dtype)
@@ -88,8 +95,8 @@ class AttentionLayers:
             for layers, seen in ((m.layers - windowed, context), (windowed, inside)):
                 if layers:
                     features = gqa.decode_features(
-                        batch, seen, heads, kv_heads, a.head_dim, v_head_dim=a.v_head_dim, kv_bytes=kv_bytes,
-                        compute_bits=bits,
+                        batch, seen, heads * self.queries, kv_heads, a.head_dim, v_head_dim=a.v_head_dim,
+                        kv_bytes=kv_bytes, compute_bits=bits,
                     )  # fmt: skip
                     seconds, sigma = self.times.seconds(gqa.ATTENTION_DECODE, features)
                     total = total + layers * seconds

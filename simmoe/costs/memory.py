@@ -2,15 +2,17 @@
 
 Model: weights follow exactly from shapes, layout and number formats. The engine may use ``memory_fraction`` of the
 device; what weights and workspace leave of it is the KV cache. The workspace is an estimate (see `workspace_bytes`).
-Left out: fragmentation, prefix sharing, host offload, weights padded to tiles, draft models.
+Left out: fragmentation, prefix sharing, host offload, weights padded to tiles, a drafter's workspace.
 Checked in tests/test_memory.py: weights by hand, KV capacity against what vLLM logged (validate/vllm_showdown).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from simmoe.costs.pipeline import Stage, stages
 from simmoe.costs.precision import precision_of
+from simmoe.costs.speculation import drafter, projection_parameters
 from simmoe.costs.work import kv_elements_per_token, parameters
 from simmoe.errors import CapacityError, SpecError
 from simmoe.specs.deployment import BYTES_PER_ELEMENT, Deployment
@@ -59,14 +61,25 @@ def weights_per_device_bytes(model: Model, deployment: Deployment) -> float:
     Tensor parallelism splits attention by heads (kv heads until one is left), plain FFNs, shared experts and the
     vocabulary; norms, routers and MLA's down-projections are on every rank. Routed experts are spread over ``ep``
     ranks, or sliced over ``tp`` if ep is 1. Data-parallel ranks repeat the rest; where they exchange tokens (dp and
-    ep above 1) the shared experts are whole on every rank. The fullest pipeline stage has the layers of one stage,
-    as many of them MoE as there are, and one of embedding and head.
+    ep above 1) the shared experts are whole on every rank. Of pipeline stages (`costs.pipeline.stages`) the fullest
+    counts. What drafts tokens is held beside: a prediction layer, which shares embedding and head, or a whole model.
     """
-    d, count = deployment, parameters(model, total_experts=deployment.total_experts)
+    d = deployment
+    total = max(_stage_bytes(model, d, stage) for stage in stages(model, d.pp))
+    if (found := drafter(model, d)) is not None:
+        small, layout = found
+        ends = d.speculative is not None and d.speculative.method == "draft"
+        total += _stage_bytes(small, layout, replace(stages(small, 1)[0], embeds=ends, samples=ends))
+        total += projection_parameters(model, d) * precision_of(model, d).plain.weight_bytes
+    return total
+
+
+def _stage_bytes(model: Model, d: Deployment, stage: Stage) -> float:
+    """Weights of one pipeline stage on one device. [B]"""
+    count = parameters(model, total_experts=d.total_experts)
     formats = precision_of(model, d)
     tp = d.tp_size
-    layers = -(-model.layers // d.pp)
-    moe_layers = min(layers, model.moe_layers)
+    layers, moe_layers = stage.layers, stage.moe_layers
     attention = count.attention_layer
     split = attention.by_heads / tp + attention.by_kv_heads / min(tp, model.attention.kv_heads)
     experts_held = (count.num_experts + d.routing.redundant_experts) / (d.ep * d.expert_slices if d.ep > 1 else tp)
@@ -75,12 +88,14 @@ def weights_per_device_bytes(model: Model, deployment: Deployment) -> float:
         resident = d.offload.cached_experts / (d.expert_slices if d.ep > 1 else tp)
         experts_held = min(experts_held, resident + passing / max(moe_layers, 1))
     shared = count.shared_layer / (1 if _exchanges_tokens(d) else tp)
-    plain_elements = layers * count.norms_layer + moe_layers * count.router_layer + count.final_norm
-    ends = (count.embedding, count.head)
-    table = (sum(ends) if d.pp == 1 else max(ends)) / tp
+    norms = layers * count.norms_layer + stage.samples * count.final_norm
+    plain_elements = norms + moe_layers * count.router_layer
+    # a head that shares the embedding's table needs it in the last stage too
+    head = count.head or (0 if stage.embeds else count.embedding)
+    table = (stage.embeds * count.embedding + stage.samples * head) / tp
     dense_elements = (
         (0 if d.wide_attention else layers * (split + attention.replicated))
-        + (layers - moe_layers) * count.dense_ffn_layer / tp
+        + stage.dense_layers * count.dense_ffn_layer / tp
         + moe_layers * shared
     )
     return (
@@ -97,7 +112,7 @@ def _exchanges_tokens(deployment: Deployment) -> bool:
 
 def model_bytes(model: Model, deployment: Deployment) -> float:
     """Weights of one copy of the whole model in the deployment's number formats. [B]"""
-    whole = deployment.vary(gpus=1, tp=1, ep=1, dp=1, pp=1)
+    whole = deployment.vary(gpus=1, tp=1, ep=1, dp=1, pp=1, speculative=None)
     return weights_per_device_bytes(model, whole)
 
 
@@ -143,10 +158,13 @@ def _mla_extra_bytes(model: Model, deployment: Deployment) -> float:
 
 
 def kv_bytes_per_token(model: Model, deployment: Deployment) -> float:
-    """KV cache of one token on one device, all its layers, before any window is full. [B]"""
+    """KV cache of one token on one device, all its layers and the drafter's, before any window is full. [B]"""
     layers = -(-model.layers // deployment.pp)
-    elements = kv_elements_per_token(model.attention, deployment.tp_size)
-    return layers * elements * BYTES_PER_ELEMENT[deployment.kv_precision]
+    elements = layers * kv_elements_per_token(model.attention, deployment.tp_size)
+    if (found := drafter(model, deployment)) is not None:
+        small, layout = found
+        elements += small.layers * kv_elements_per_token(small.attention, layout.tp_size)
+    return elements * BYTES_PER_ELEMENT[deployment.kv_precision]
 
 
 def kv_bytes_per_request(model: Model, deployment: Deployment, context_tokens: float) -> float:
@@ -165,6 +183,8 @@ def check_layout(model: Model, deployment: Deployment) -> None:
     if a.heads % tp:
         fits = ", ".join(str(n) for n in range(1, a.heads + 1) if a.heads % n == 0 and n <= 64)
         raise SpecError(f"tp {tp} does not divide the {a.heads} heads of {model.name}; tp may be {fits}")
+    if (found := drafter(model, deployment)) is not None and found[0].attention.heads % tp:
+        raise SpecError(f"tp {tp} does not divide the {found[0].attention.heads} heads of {found[0].name}")
     if deployment.pp > model.layers:
         raise SpecError(f"pp {deployment.pp} exceeds the {model.layers} layers of {model.name}")
     experts = model.experts
@@ -265,6 +285,7 @@ def smallest_that_fits(
             for tp in (2**n for n in range(7, -1, -1))
             if tp <= min(gpus, hardware.devices_per_node) and gpus % tp == 0
             for spread in _spreads(model, gpus, gpus // tp)
+            if deployment.speculative is None or spread["pp"] == 1
         )
         for layout in layouts:
             candidate = deployment.vary(gpus=gpus, **layout)

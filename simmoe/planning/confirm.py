@@ -108,5 +108,4 @@ def scaled(table: StepTable, factor: float) -> StepTable:
     """The same table with every time multiplied; without its breakdown."""
     if factor == 1.0:
         return table
-    times = {f.name: getattr(table, f.name) * factor for f in dataclasses.fields(table) if f.name != "detail"}
-    return StepTable(**times, detail=None)
+    return table.scaled(factor)

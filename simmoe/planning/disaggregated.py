@@ -15,6 +15,7 @@ from statistics import NormalDist
 
 import numpy as np
 
+from simmoe.load_curve import decode_steps
 from simmoe.metrics import ServingMetrics
 from simmoe.planning.confirm import scaled
 from simmoe.planning.layouts import describe
@@ -87,7 +88,7 @@ def _on_offer(question: Question, layouts: Sequence[Layout]) -> Split | None:
         return _prefill_per_s(question, layout, parts[id(layout)], slow[id(layout)])
 
     def decode_rate(layout: Layout) -> float:
-        return _decode_per_s(question, parts[id(layout)], slow[id(layout)])
+        return _decode_per_s(question, layout.replica, parts[id(layout)], slow[id(layout)])
 
     def per_device(rate: float, layout: Layout) -> float:
         return rate / layout.replica.devices_per_replica
@@ -177,11 +178,13 @@ def _prefill_per_s(question: Question, layout: Layout, parts: Compiled, slow: fl
     chunk = min(most, max(1, int(most // tokens)) * tokens)
     pairs = chunk * (tokens + 1) / 2
     attention = table.prefill_base_s + table.prefill_per_token_s * chunk + table.prefill_per_pair_s * pairs
-    step = float(table.token_s[int(chunk)]) + attention
+    by_batches, shares = table.prompts
+    prompts = min(max(1, int(chunk // tokens)), len(shares)) - 1
+    step = float(by_batches[prompts, int(chunk)] + shares[prompts] * attention)
     return chunk / tokens / (step * slow)
 
 
-def _decode_per_s(question: Question, parts: Compiled, slow: float) -> float:
+def _decode_per_s(question: Question, deployment: Deployment, parts: Compiled, slow: float) -> float:
     """Requests a second that one replica decodes within the TPOT limit and its KV cache; 0: it cannot. [1/s]"""
     table, w = parts.table, question.workload
     context = w.input.mean + w.output.mean / 2
@@ -191,10 +194,11 @@ def _decode_per_s(question: Question, parts: Compiled, slow: float) -> float:
     batch = np.unique(np.geomspace(1, most, 64).astype(int))
     step = slow * np.array([table.decode_s(int(b), b * context) for b in batch])
     limit = min((one.seconds for one in question.limits if one.metric in ("tpot", "itl")), default=math.inf)
-    good = step <= limit
+    steps = decode_steps(w.output, deployment.tokens_per_decode)
+    good = step * steps / max(w.output.mean - 1, 1) <= limit
     if not good.any():
         return 0.0
-    return float((batch[good] / step[good]).max() / max(w.output.mean - 1, 1))
+    return float((batch[good] / step[good]).max() / max(steps, 1))
 
 
 def _devices(p: Layout, d: Layout, counts: tuple[int, int]) -> int:

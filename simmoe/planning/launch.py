@@ -16,6 +16,8 @@ from simmoe.specs.deployment import Deployment
 from simmoe.specs.hardware import Hardware
 from simmoe.specs.model import Model
 
+_SGLANG_ALGORITHMS = {"mtp": "EAGLE", "draft": "STANDALONE", "ngram": "NGRAM"}
+
 
 def vllm(model: Model, replica: Deployment, hardware: Hardware) -> str:
     """Command that starts one replica in vLLM; on several nodes, what each node is given beside it is in brackets."""
@@ -33,6 +35,10 @@ def vllm(model: Model, replica: Deployment, hardware: Hardware) -> str:
     words += ["--gpu-memory-utilization", f"{d.memory_fraction:g}", "--block-size", d.kv_block_size]
     if d.kv_precision == "fp8":
         words += ["--kv-cache-dtype", "fp8"]
+    if (chosen := d.speculative) is not None:
+        config: dict[str, str | int] = {"num_speculative_tokens": chosen.draft_tokens}
+        config |= {"model": chosen.draft_model} if chosen.draft_model else {"method": chosen.method}
+        words += ["--speculative-config", json.dumps(config)]
     if (changed := _overrides(model, d)) is not None:
         words += ["--hf-overrides", changed]
     return _line(words) + _nodes(d, hardware, "--data-parallel-address, --data-parallel-start-rank")
@@ -62,6 +68,13 @@ def sglang(model: Model, replica: Deployment, hardware: Hardware) -> str:
     words += ["--mem-fraction-static", f"{d.memory_fraction:g}"]
     if d.kv_precision == "fp8":
         words += ["--kv-cache-dtype", "fp8_e4m3"]
+    if (chosen := d.speculative) is not None:
+        words += ["--speculative-algorithm", _SGLANG_ALGORITHMS[chosen.method]]
+        words += ["--speculative-num-draft-tokens", chosen.draft_tokens + (chosen.method != "ngram")]
+        if chosen.method != "ngram":
+            words += ["--speculative-num-steps", chosen.draft_tokens, "--speculative-eagle-topk", 1]
+        if chosen.draft_model:
+            words += ["--speculative-draft-model-path", chosen.draft_model]
     if (changed := _overrides(model, d)) is not None:
         words += ["--json-model-override-args", changed]
     nodes = -(-d.devices_per_replica // hardware.devices_per_node)

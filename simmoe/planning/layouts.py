@@ -39,6 +39,8 @@ def layouts(
     """
     feasible, refused = [], []
     for sizes in _sizes(hardware, model, most_devices):
+        if base.speculative is not None and sizes["pp"] > 1:
+            continue  # no engine drafts over stages here
         devices = sizes["tp"] * sizes["dp"] * sizes["pp"]
         replica = base.vary(gpus=devices, **sizes)
         try:

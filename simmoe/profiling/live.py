@@ -126,7 +126,7 @@ def _result(
         first_s=_column(s.wall_s for s in steps),
         growth_s=zeros,
         decodes=_column(s.batch.decode_requests for s in steps),
-        prompt_tokens=_column(s.batch.tokens - s.batch.decode_requests for s in steps),
+        prompt_tokens=_column(s.batch.prompt_tokens for s in steps),
         sampled=_column(s.finishing for s in steps),
         running=_column(s.running for s in steps),
         blocks=_column(s.running for s in steps),

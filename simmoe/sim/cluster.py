@@ -21,6 +21,7 @@ from simmoe.sim.autoscale import autoscaling
 from simmoe.sim.clock import At, Clock
 from simmoe.sim.disaggregated import ARRIVAL, Handover, Mover
 from simmoe.sim.failures import failing
+from simmoe.sim.offload_books import Bookkeeping
 from simmoe.sim.pool import Pool, PoolSetup
 from simmoe.sim.recorder import Recorder
 from simmoe.sim.replica import Replica
@@ -83,6 +84,7 @@ def simulate(
     cluster: Cluster | None = None,
     handover: Handover | None = None,
     tier: HostTier | None = None,
+    bookkeeping: Bookkeeping | None = None,
     recorded: Recorded | None = None,
 ) -> SimulationResult:
     """Play ``requests`` requests (or those that arrive in ``duration_s``) through the deployment's replicas.
@@ -112,6 +114,8 @@ def simulate(
         A pool that decodes; ``table``, ``deployment`` and ``kv_tokens`` are then those of the prefill pool.
     tier : HostTier, optional
         Host memory of each rank for KV blocks, see `costs.kv_offload`.
+    bookkeeping : Bookkeeping, optional
+        What a rank's scheduler spends on the books of such a pool, see `offload_books`.
     recorded : Recorded, optional
         Arrivals and shapes in place of those the workload, then an open loop, describes.
 
@@ -140,14 +144,17 @@ def simulate(
         kv_tokens=kv_tokens,
         policy=rules.policy,
         tier=tier,
+        bookkeeping=bookkeeping,
         most_replicas=rules.autoscaling.maximum if rules.autoscaling else None,
     )
     for pool in (setup, *(() if handover is None else (handover.decode,))):
         limits = pool.deployment
-        if limits.max_num_batched_tokens < limits.max_num_seqs:
+        if limits.max_num_batched_tokens < limits.max_num_seqs * limits.rows_per_decode:
+            rows = f" x {limits.rows_per_decode}" if limits.speculative else ""
             raise SpecError(
                 f"max_num_batched_tokens {limits.max_num_batched_tokens} is below max_num_seqs "
-                f"{limits.max_num_seqs}: a step could not give every running request a token"
+                f"{limits.max_num_seqs}{rows}: a step could not give every running request a token"
+                f"{' and its drafts' if rows else ''}"
             )
     run = _Cluster(setup, workload, rules, handover, recorded, seed=seed)
     run.run(requests, None if duration_s is None else to_ticks(duration_s), keep_load=keep_load)

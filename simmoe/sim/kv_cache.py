@@ -4,11 +4,17 @@ Model: paged KV cache (Kwon et al., "Efficient Memory Management for LLM Serving
 a request of s cached tokens holds ceil(s / block) blocks. Every decoding request writes one token a step, so it needs a
 block each ``block`` steps, at steps of one residue class; keeping only how many requests stand in each class,
 the blocks taken by K decode steps of the whole batch cost O(block), not O(requests * K).
+Where a step writes several tokens on average (speculative decoding), positions are counted in grains, fractions of a
+token, so that a step advances by a whole number of them (``stride``) and the classes are as many as a block has grains.
 Left out: block identity (fragmentation inside a last block is counted, placement is not); see `prefix_cache`.
 Law kept by every method: used + free = total. Checked in: tests/test_kv_cache.py, against explicit per-request blocks.
 """
 
 from __future__ import annotations
+
+from fractions import Fraction
+
+_ONE = Fraction(1)
 
 
 class BlockPool:
@@ -18,15 +24,18 @@ class BlockPool:
     ----------
     capacity_tokens : room for KV entries; the last partial block is lost. [tokens]
     block_tokens : tokens per block. [tokens]
+    per_step : tokens that a decoding request writes a step. [tokens]
     """
 
-    __slots__ = ("block_tokens", "decoding", "due", "free", "total")
+    __slots__ = ("block_tokens", "decoding", "due", "free", "grain", "period", "stride", "total")
 
-    def __init__(self, capacity_tokens: int, block_tokens: int) -> None:
+    def __init__(self, capacity_tokens: int, block_tokens: int, per_step: Fraction = _ONE) -> None:
+        self.stride, self.grain = per_step.numerator, per_step.denominator
+        self.period = block_tokens * self.grain
         self.block_tokens = block_tokens
         self.total = capacity_tokens // block_tokens
         self.free = self.total
-        self.due = [0] * block_tokens
+        self.due = [0] * self.period
         self.decoding = 0
 
     @property
@@ -51,40 +60,40 @@ class BlockPool:
     def clear(self) -> None:
         """Drop everything: all blocks are free."""
         self.free = self.total
-        self.due = [0] * self.block_tokens
+        self.due = [0] * self.period
         self.decoding = 0
 
-    def join(self, cached_tokens: int, step: int) -> None:
-        """A request with ``cached_tokens`` in the cache decodes from ``step`` on."""
-        self.due[(step - cached_tokens) % self.block_tokens] += 1
+    def join(self, cached: int, step: int) -> None:
+        """A request with ``cached`` grains (without speculation: tokens) in the cache decodes from ``step`` on."""
+        self.due[(step * self.stride - cached) % self.period] += 1
         self.decoding += 1
 
-    def leave(self, cached_tokens: int, step: int, *, give_back: bool = True) -> None:
-        """A decoding request that holds ``cached_tokens`` before ``step`` stops; its blocks come back, now or later."""
-        self.due[(step - cached_tokens) % self.block_tokens] -= 1
+    def leave(self, cached: int, step: int, *, give_back: bool = True) -> None:
+        """A decoding request that holds ``cached`` grains before ``step`` stops; its blocks come back, now or later."""
+        self.due[(step * self.stride - cached) % self.period] -= 1
         self.decoding -= 1
         if give_back:
-            self.give_back(-(-cached_tokens // self.block_tokens))
+            self.give_back(-(-cached // self.period))
 
     def need(self, step: int, steps: int = 1) -> int:
         """Blocks the decoding requests take in ``steps`` steps from ``step`` on."""
-        if steps == 1:
-            return self.due[step % self.block_tokens]
-        cycles, rest = divmod(steps, self.block_tokens)
-        start = step % self.block_tokens
+        if steps == self.stride == 1:
+            return self.due[step % self.period]
+        cycles, rest = divmod(steps * self.stride, self.period)
+        start = step * self.stride % self.period
         end = start + rest
         due = self.due
-        if end <= self.block_tokens:
+        if end <= self.period:
             return cycles * self.decoding + sum(due[start:end])
-        return cycles * self.decoding + sum(due[start:]) + sum(due[: end - self.block_tokens])
+        return cycles * self.decoding + sum(due[start:]) + sum(due[: end - self.period])
 
     def steps_until_short(self, step: int, limit: int) -> int:
         """Largest number of decode steps, at most ``limit``, whose blocks are free now."""
-        if self.free >= self.decoding * -(-limit // self.block_tokens) or self.need(step, limit) <= self.free:
+        if self.free >= self.decoding * -(-limit * self.stride // self.period) or self.need(step, limit) <= self.free:
             return limit
         cycles, left = divmod(self.free, self.decoding)
-        steps = cycles * self.block_tokens
-        while (more := self.need(step + steps)) <= left:
+        start, grains = step * self.stride, cycles * self.period
+        while (more := self.due[(start + grains) % self.period]) <= left:
             left -= more
-            steps += 1
-        return steps
+            grains += 1
+        return grains // self.stride

@@ -18,10 +18,10 @@ Policy = Callable[[Scheduler, int], bool]
 def vllm(s: Scheduler, now: int) -> bool:
     """One token budget per step, as vLLM's V1 scheduler (``vllm/v1/core/sched/scheduler.py``).
 
-    Running requests come first: each decoding one takes a token (and, where its last block is full, a block; while
-    blocks lack, the newest running request is preempted), then the unfinished prompt goes on. What is left of the
-    budget admits waiting requests in order of arrival, chunking the last prompt, while seats and blocks for the chunk
-    last; not in a step that preempted.
+    Running requests come first: each decoding one takes a token and its drafts (and, where its last block is full, a
+    block; while blocks lack, the newest running request is preempted), then the unfinished prompt goes on. What is left
+    of the budget admits waiting requests in order of arrival, chunking the last prompt, while seats and blocks for the
+    chunk last; not in a step that preempted.
     """
     pool = s.pool
     preempted = False
@@ -29,7 +29,7 @@ def vllm(s: Scheduler, now: int) -> bool:
         s.preempt_newest(now)
         preempted = True
     room = pool.free - need
-    budget = s.max_num_batched_tokens - s.decoding
+    budget = s.max_num_batched_tokens - s.decoding * s.width
     partial = s.partial
     if partial is not None:
         cached = partial.cached
@@ -67,8 +67,8 @@ def no_evict(s: Scheduler, now: int) -> bool:
     token budget as in `vllm`.
     """
     pool = s.pool
-    reserved = sum(pool.blocks_of(r.input_tokens + r.output_tokens - 1) for r in s.running) if s.waiting else 0
-    budget = s.max_num_batched_tokens - s.decoding
+    reserved = sum(map(s.most_blocks, s.running)) if s.waiting else 0
+    budget = s.max_num_batched_tokens - s.decoding * s.width
     partial = s.partial
     if partial is not None:
         cached = partial.cached
@@ -78,7 +78,7 @@ def no_evict(s: Scheduler, now: int) -> bool:
         s.chunks.append((partial, new, cached))
     while s.waiting and budget and len(s.running) < s.max_num_seqs:
         head = s.waiting[0]
-        reserved += pool.blocks_of(head.input_tokens + head.output_tokens - 1)
+        reserved += s.most_blocks(head)
         if reserved > pool.total:
             break
         cached, hit, _ = s.found(head)
@@ -112,7 +112,8 @@ def prefill_first(s: Scheduler, now: int) -> bool:
     seats = s.max_num_seqs - len(s.running)
     if s.waiting and seats and budget:
         total = sum(r.input_tokens + r.output_tokens - 1 for r in s.running)
-        remaining = total - s.context - sum(r.target for r in s.running if r.finish_step < 0)
+        total -= sum(r.target for r in s.running if r.finish_step < 0)
+        remaining = total - s.context / pool.grain
     while s.waiting and seats and budget:
         head = s.waiting[0]
         cached, hit, idle = s.found(head)
@@ -121,7 +122,8 @@ def prefill_first(s: Scheduler, now: int) -> bool:
         if promised > room and s.running:
             if s.decoding and (spare := room * pool.block_tokens - head.target) >= 0:
                 # as outputs come, fewer are to come: look again when the promise may fit
-                s.horizon = max(1, int((remaining - (spare + 1) / NEW_TOKEN_RATIO) / s.decoding) + 1)
+                fewer = s.decoding * pool.stride / pool.grain
+                s.horizon = max(1, int((remaining - (spare + 1) / NEW_TOKEN_RATIO) / fewer - _ROUNDING) + 1)
             break
         new = min(head.target - cached, budget)
         blocks = pool.blocks_of(cached + new) - hit
@@ -143,6 +145,8 @@ def prefill_first(s: Scheduler, now: int) -> bool:
 
 NEW_TOKEN_RATIO = 0.1
 """Share of outputs still to come that SGLang expects: 0.7 decays to 0.098 within 600 steps (its server's defaults)."""
+
+_ROUNDING = 1e-9  # of steps: looking a step too early costs nothing
 
 POLICIES: dict[str, Policy] = {"vllm": vllm, "trtllm": no_evict, "sglang": prefill_first}
 

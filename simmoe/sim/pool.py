@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from simmoe.costs.kv_offload import HostTier
 from simmoe.sim.clock import Clock
 from simmoe.sim.kv_cache import BlockPool
+from simmoe.sim.offload_books import Bookkeeping
 from simmoe.sim.policies import POLICY_OF_ENGINE, policy_named
 from simmoe.sim.recorder import Recorder
 from simmoe.sim.replica import Replica
@@ -34,6 +35,8 @@ class PoolSetup:
     policy: str | None = None
     tier: HostTier | None = None
     """Host memory of each rank for KV blocks."""
+    bookkeeping: Bookkeeping | None = None
+    """Host time for the books of such a pool."""
     most_replicas: int | None = None
     """With autoscaling; by default as many as the deployment has."""
 
@@ -66,7 +69,10 @@ class Pool:
     ) -> None:
         deployment, count = setup.deployment, setup.replicas
         table = TickTable.of(
-            setup.table, max_tokens=deployment.tokens_per_replica, max_requests=deployment.requests_per_replica
+            setup.table,
+            max_tokens=deployment.tokens_per_replica,
+            max_requests=deployment.requests_per_replica,
+            grain=deployment.tokens_per_decode.denominator,
         )
         self.policy = setup.policy or POLICY_OF_ENGINE[deployment.engine]
         decide = policy_named(self.policy)
@@ -82,11 +88,12 @@ class Pool:
                 first_rank=first_rank + i * dp,
                 ranks=[
                     Scheduler(
-                        BlockPool(setup.kv_tokens // dp, deployment.kv_block_size),
+                        BlockPool(setup.kv_tokens // dp, deployment.kv_block_size, deployment.tokens_per_decode),
                         max_num_seqs=deployment.max_num_seqs,
                         max_num_batched_tokens=deployment.max_num_batched_tokens,
                         policy=decide,
                         prefix_caching=deployment.prefix_caching,
+                        rows_per_decode=deployment.rows_per_decode,
                         tier=setup.tier,
                     )
                     for _ in range(dp)
@@ -94,6 +101,7 @@ class Pool:
                 exchange=deployment.ep > 1,
                 steps_ahead=setup.table.steps_ahead,
                 table=table,
+                bookkeeping=setup.bookkeeping,
                 recorder=recorder,
                 finished=self._finished,
             )

@@ -67,7 +67,7 @@ class Recorder:
         )
 
     def window(
-        self, rank: int, start: int, steps: int, first: int, growth: int, decodes: int, prompt: int, sampled: int,
+        self, rank: int, start: int, steps: int, first: int, growth: int, decodes: int, computed: int, sampled: float,
         running: int, blocks: float,
     ) -> None:  # fmt: skip
         """One rank did ``steps`` like steps; ``blocks`` is their mean use."""
@@ -79,7 +79,7 @@ class Recorder:
                 first * S_PER_TICK,
                 growth * S_PER_TICK,
                 decodes,
-                prompt,
+                computed,
                 sampled,
                 running,
                 blocks,

@@ -16,6 +16,8 @@ At one instant the order is: arrivals, then step ends by replica, then new batch
 Scheduling may be asynchronous (vLLM's ``async_scheduling``): the step that begins when another ends was decided before
 that end, so who came during the other one is not in it, and waits for it too. Known when it is decided: who ends, for
 lengths are; so seats and blocks pass on at once. An engine with nothing to do decides at once.
+Keeping the books of a KV pool in host memory (`offload_books`) takes scheduler time, which adds to a step, or shows
+where it exceeds the device's if steps are decided ahead.
 """
 
 from __future__ import annotations
@@ -25,10 +27,11 @@ from collections.abc import Callable
 import simpy
 
 from simmoe.sim.clock import At, Clock
+from simmoe.sim.offload_books import Bookkeeping, OffloadBooks
 from simmoe.sim.recorder import Recorder
 from simmoe.sim.scheduler import Request, Scheduler
 from simmoe.sim.step_time import lockstep, single_step
-from simmoe.sim.ticks import TickTable, steps_within, window_ticks
+from simmoe.sim.ticks import TickTable, steps_within, to_ticks, window_ticks
 
 #: SimPy priorities at one instant: arrivals are NORMAL (1), then the ends of steps (2), then new batches
 FIRST_STEP_END = 2
@@ -43,6 +46,7 @@ class Replica:
     ranks : scheduler per data-parallel rank, numbered over all replicas from ``first_rank`` on.
     exchange : whether the ranks share experts (expert parallelism), see `step_time.lockstep`.
     steps_ahead : steps decided before the running one ends, 0 or 1 (asynchronous scheduling).
+    bookkeeping : of each rank's KV pool in host memory; None: it takes no time.
     finished : called with rank number and request when a request has its last token.
     """
 
@@ -59,6 +63,7 @@ class Replica:
         table: TickTable,
         recorder: Recorder,
         finished: Callable[[int, Request], None],
+        bookkeeping: Bookkeeping | None = None,
     ) -> None:
         self.clock = clock
         self.ranks = ranks
@@ -67,6 +72,9 @@ class Replica:
         self._exchange = exchange
         self._unseen: list[list[tuple[int, Request]]] | None = [[] for _ in ranks] if steps_ahead else None
         """Per rank, when who came since the last decision; None where the next step always sees them."""
+        self._bookkeeping = bookkeeping
+        self._books: list[OffloadBooks] = []
+        self._open_books()
         self._alone = replicas == 1
         self._end_priority = FIRST_STEP_END + index
         self._begin_priority = FIRST_STEP_END + replicas
@@ -117,8 +125,13 @@ class Replica:
 
     def _plan(self, now: int) -> bool:
         """Form the next batch; whether there is one."""
-        if self._unseen is None:
-            return self._form(now)
+        formed = self._form(now) if self._unseen is None else self._form_ahead(now)
+        if formed and self._books:
+            self._keep_books()
+        return formed
+
+    def _form_ahead(self, now: int) -> bool:
+        """Form the next batch as decided before the last step's end."""
         if self._steps > 1 and any(self._unseen):  # none could join before; but all but the last step's are known
             self._see_arrivals(self._start + window_ticks(self._first, self._growth, self._steps - 1))
         formed = self._form(now)
@@ -155,6 +168,22 @@ class Replica:
         self._stepping = True
         self._start, self._steps, self._first, self._growth = now, steps, first, growth
         return True
+
+    def _open_books(self) -> None:
+        kept = self._bookkeeping
+        self._books = [] if kept is None else [OffloadBooks(kept.blocks, r.pool.block_tokens) for r in self.ranks]
+
+    def _keep_books(self) -> None:
+        """Add the host's work on the pools, alike in all steps of a window, which then fills at most a block."""
+        assert self._bookkeeping is not None
+        pool = self.ranks[0].pool
+        steps = self._steps = min(self._steps, max(1, pool.period // pool.stride))
+        walked = max(books.entries_walked(rank, steps) for books, rank in zip(self._books, self.ranks, strict=True))
+        host = to_ticks(self._bookkeeping.entry_s * walked / steps)
+        if self._unseen is None:
+            self._first += host
+        elif host > self._first:
+            self._first, self._growth = host, 0
 
     def _begin(self, event: simpy.Event | None = None) -> None:
         """Form the next batch and sleep through its steps."""
@@ -235,6 +264,7 @@ class Replica:
         self._awaited = None
         if self._unseen is not None:
             self._see_arrivals(self.clock.now)
+        self._open_books()
         return [
             (rank, request)
             for rank, scheduler in enumerate(self.ranks, start=self.first_rank)
@@ -243,12 +273,17 @@ class Replica:
 
     def _log(self, rank: int, scheduler: Scheduler, decoding: int, resumed: int, running: int) -> None:
         """Log the steps; the gaps of ``resumed`` requests, longer than the step, are recorded apart."""
-        prompt, sampled = 0, resumed
+        computed, sampled = 0, float(resumed)
         for request, new, cached in scheduler.chunks:
-            prompt += new
+            computed += new
             sampled += cached + new == request.target
+        if scheduler.width > 1:  # drafts verified, and those accepted beyond one token a step
+            pool = scheduler.pool
+            computed += decoding * self._steps * (scheduler.width - 1)
+            sampled += (decoding * self._steps * (pool.stride - pool.grain) - scheduler.overshoot) / pool.grain
+            scheduler.overshoot = 0
         self._recorder.window(
-            rank, self._start, self._steps, self._first, self._growth, decoding - resumed, prompt, sampled,
+            rank, self._start, self._steps, self._first, self._growth, decoding - resumed, computed, sampled,
             running, scheduler.blocks_held,
         )  # fmt: skip
 

@@ -4,7 +4,9 @@ Model: iteration-level scheduling (Yu et al., "Orca", OSDI 2022) over a paged KV
 sums (their number, their context, the step at which each will finish, the steps at which they need a block), so a step
 costs O(1) and a completion O(log requests); only the policies in `policies` decide who joins.
 A preempted request loses its blocks and later recomputes prompt and generated tokens, unless host memory keeps them.
-Left out: speculative tokens, priorities, beam search.
+With speculative decoding every decode step emits the mean acceptance length: a request of N tokens takes
+ceil((N - 1) / length) steps after its prompt, and its context grows by as much in each, counted in grains (`kv_cache`).
+Left out: acceptance that varies by request and step, priorities, beam search.
 Checked in: tests/test_scheduler.py and, step by step, tests/reference/sim_stepwise.py.
 """
 
@@ -36,6 +38,7 @@ class Request:
         "generated",
         "index",
         "input_tokens",
+        "joined",
         "last_token",
         "loaded",
         "output_tokens",
@@ -60,6 +63,8 @@ class Request:
         """Output tokens; kept up to date outside decoding only."""
         self.finish_step = -1
         """Rank step count at which it will have its last token, while decoding."""
+        self.joined = -1
+        """Rank step count at which it began to decode."""
         self.admitted = -1
         self.first_token = -1
         self.last_token = -1
@@ -96,6 +101,7 @@ class Scheduler:
     max_num_seqs, max_num_batched_tokens : most requests running, most tokens in a step.
     policy : decides who joins the next step, see `policies.POLICIES`.
     prefix_caching : whether prompts that share a head share its blocks.
+    rows_per_decode : tokens of a step that each decoding request takes: its own, and drafts to verify.
     tier : host memory for blocks that leave the device; None: they are lost.
     """
 
@@ -113,6 +119,7 @@ class Scheduler:
         "loading",
         "max_num_batched_tokens",
         "max_num_seqs",
+        "overshoot",
         "partial",
         "paused",
         "pausing",
@@ -122,8 +129,10 @@ class Scheduler:
         "running",
         "step",
         "steps",
+        "stride",
         "tier",
         "waiting",
+        "width",
     )
 
     def __init__(
@@ -134,9 +143,12 @@ class Scheduler:
         max_num_batched_tokens: int,
         policy: Callable[[Scheduler, int], bool],
         prefix_caching: bool = True,
+        rows_per_decode: int = 1,
         tier: HostTier | None = None,
     ) -> None:
         self.pool = pool
+        self.width = rows_per_decode
+        self.stride = pool.stride
         self.tier = tier
         self.host = None if tier is None else HostMemory(tier.tokens // pool.block_tokens)
         self.prefixes = PrefixCache(pool, self.host) if prefix_caching else None
@@ -154,7 +166,7 @@ class Scheduler:
         """The running request whose prompt is not finished; always the newest."""
         self.decoding = 0
         self.context = 0
-        """Tokens in the KV cache of all decoding requests."""
+        """Tokens in the KV cache of all decoding requests. [grains]"""
         self.step = 0
         self.chunks: list[tuple[Request, int, int]] = []
         """Prompt chunks of the planned step: request, new tokens, tokens cached before."""
@@ -171,6 +183,8 @@ class Scheduler:
         """While decodes pause: how many had their last token when, newest last."""
         self.blocks_held: float = 0
         """KV blocks held during the last steps, mean of their start and end."""
+        self.overshoot = 0
+        """What the mean acceptance length emitted beyond requests' ends, since the last look. [grains]"""
         self._finishing: dict[int, list[Request]] = {}
         self._finishing_steps: list[int] = []
 
@@ -185,9 +199,13 @@ class Scheduler:
         return not self.waiting and len(self.running) < self.max_num_seqs
 
     def can_ever_hold(self, request: Request) -> bool:
-        """Whether the request alone fits the KV cache; its last token is sampled, never cached."""
+        """Whether the request alone fits the KV cache."""
+        return self.most_blocks(request) <= self.pool.total
+
+    def most_blocks(self, request: Request) -> int:
+        """Blocks at a request's end: its last token is sampled, never cached, but its last step may overshoot."""
         pool = self.pool
-        return pool.blocks_of(request.input_tokens + request.output_tokens - 1) <= pool.total
+        return pool.blocks_of(request.input_tokens + request.output_tokens - 1 - (1 - pool.stride) // pool.grain)
 
     def plan(self, now: int) -> int:
         """Decide the next step, starting now; return for how many steps it holds (0: nothing to do)."""
@@ -258,14 +276,15 @@ class Scheduler:
         if request is self.partial:
             self.partial = None
             cached = request.cached
-            self._free(request, cached)
+            self._free(request, self.pool.blocks_of(cached))
             request.lose_cache(0, now)
         else:
             if self.paused:  # the newest decoding request is among the last to have paused
                 count, now = self.paused.pop()
                 if count > 1:
                     self.paused.append((count - 1, now))
-            cached = self._stop_decoding(request)
+            cached, part = divmod(self._stop_decoding(request), self.pool.grain)
+            self.overshoot += part
             request.lose_cache(cached, now)
         if self.host is not None and self.tier is not None and self.tier.swap:
             kept, gone = self.host.swap_out(self.pool.blocks_of(cached))
@@ -274,24 +293,8 @@ class Scheduler:
                 self.prefixes.forget_all(gone)
         self.waiting.appendleft(request)
 
-    def abort(self, request: Request) -> None:
-        """Let go of a request between two steps, unfinished."""
-        if request not in self.running:
-            self.waiting.remove(request)
-            if self.host is not None:
-                self.host.swap_in(self.pool.blocks_of(request.swapped))
-            return
-        del self.running[request]
-        if request is self.partial:
-            self.partial = None
-            self._free(request, request.cached)
-        else:
-            self._stop_decoding(request)
-            request.finish_step = -1
-
-    def _free(self, request: Request, cached: int) -> None:
-        """Give back the blocks of ``cached`` tokens; what others can find of them stays in the cache."""
-        blocks = self.pool.blocks_of(cached)
+    def _free(self, request: Request, blocks: int) -> None:
+        """Give back ``blocks``; what others can find of them stays in the cache."""
         if self.prefixes is not None and request.path:
             self.prefixes.release(request.path, blocks - request.shared)
             request.shared = 0
@@ -309,7 +312,7 @@ class Scheduler:
                 count, last = self.paused.pop()
                 if count > 1:
                     self.paused.append((count - 1, last))
-            request.lose_cache(request.input_tokens + request.output_tokens - 1 - request.finish_step + self.step, last)
+            request.lose_cache(self.cached(request) // self.pool.grain, last)
         for request in self.waiting:
             request.loaded = request.swapped = 0
         left = [*self.running, *self.waiting]
@@ -344,7 +347,7 @@ class Scheduler:
             grown = pool.need(self.step, steps)
             pool.take(grown)
             self.blocks_held = pool.total - pool.free - grown / 2
-            self.context += decoding * steps
+            self.context += decoding * steps * self.stride
         else:
             self.blocks_held = self.pool.used
         self.step = step = self.step + (0 if self.pausing else steps)
@@ -352,7 +355,8 @@ class Scheduler:
             heappop(self._finishing_steps)
             for request in self._finishing.pop(step):
                 if request.finish_step == step:  # else it was preempted since
-                    self._stop_decoding(request)
+                    self.overshoot += self._stop_decoding(request)
+                    self.overshoot -= (request.input_tokens + request.output_tokens - 1) * self.pool.grain
                     request.finish_step = -1  # it may stand here twice, if it came back in time
                     del self.running[request]
                     finished.append(request)
@@ -377,19 +381,22 @@ class Scheduler:
         request.generated += 1
         remaining = request.output_tokens - request.generated
         if remaining == 0:
-            self._free(request, request.cached)
+            self._free(request, self.pool.blocks_of(request.cached))
             del self.running[request]
             finished.append(request)
             return
-        self.pool.join(request.cached, self.step)
+        pool = self.pool
+        cached = request.cached * pool.grain
+        pool.join(cached, self.step)
         self.decoding += 1
         if self.pausing:
             if self.paused and self.paused[-1][1] == now:
                 self.paused[-1] = (self.paused[-1][0] + 1, now)
             else:
                 self.paused.append((1, now))
-        self.context += request.cached
-        request.finish_step = finish = self.step + remaining
+        self.context += cached
+        request.joined = self.step
+        request.finish_step = finish = self.step - (-remaining * pool.grain // pool.stride)
         together = self._finishing.get(finish)
         if together is None:
             self._finishing[finish] = [request]
@@ -397,12 +404,16 @@ class Scheduler:
         else:
             together.append(request)
 
+    def cached(self, request: Request) -> int:
+        """What a decoding request has in the KV cache. [grains]"""
+        return request.cached * self.pool.grain + (self.step - request.joined) * self.stride
+
     def _stop_decoding(self, request: Request) -> int:
-        """Remove a decoding request from the sums; return the tokens it had cached."""
-        total = request.input_tokens + request.output_tokens
-        cached = total - 1 - (request.finish_step - self.step)
-        self.pool.leave(cached, self.step, give_back=False)
-        self._free(request, cached)
+        """Remove a decoding request from the sums; return what it had cached. [grains]"""
+        pool = self.pool
+        cached = self.cached(request)
+        pool.leave(cached, self.step, give_back=False)
+        self._free(request, -(-cached // pool.period))
         self.decoding -= 1
         self.context -= cached
         return cached

@@ -21,9 +21,10 @@ def single_step(table: TickTable, s: Scheduler) -> tuple[int, int]:
     decoding = s.stepping
     if not s.chunks:
         slope = table.per_context[decoding]
-        return table.decode[decoding] + slope * s.context, slope * decoding
+        return table.decode[decoding] + slope * s.context, slope * decoding * s.stride
     tokens, sampled, prefill = _chunks(table, s, 1)
-    time = table.token[tokens + decoding] + table.head[sampled + decoding] + prefill
+    rows = decoding * s.width
+    time = table.of_chunks(len(s.chunks))[0][tokens + rows] + table.head[sampled + rows] + prefill
     if decoding:
         time += table.mixed_base[decoding] + table.mixed_per_context[decoding] * s.context
     return (_with_loads(time, [s]) if s.loading else time), 0
@@ -37,24 +38,27 @@ def lockstep(table: TickTable, ranks: Sequence[Scheduler], steps: int, *, exchan
     """
     dp = len(ranks)
     most_tokens = all_tokens = most_sampled = slowest_prefill = 0
+    fewest_chunks = min((len(s.chunks) for s in ranks if s.chunks), default=0)
     lines = []
     for s in ranks:
         tokens, sampled, prefill = _chunks(table, s, dp) if s.chunks else (0, 0, 0)
         b = s.stepping
-        all_tokens += tokens + b
-        most_tokens = max(most_tokens, tokens + b)
-        most_sampled = max(most_sampled, sampled + b)
+        rows = b * s.width
+        all_tokens += tokens + rows
+        most_tokens = max(most_tokens, tokens + rows)
+        most_sampled = max(most_sampled, sampled + rows)
         slowest_prefill = max(slowest_prefill, prefill)
         base, slope = (
             (table.mixed_base, table.mixed_per_context) if s.chunks else (table.decode_base, table.per_context)
         )
         each = slope[dp * b]
-        lines.append((base[dp * b] + each * dp * s.context, each * dp * b) if b else (0, 0))
+        lines.append((base[dp * b] + each * dp * s.context, each * dp * b * s.stride) if b else (0, 0))
     first, growth = max(lines)
     for other_first, other_growth in lines:
         if other_growth > growth:
             steps = min(steps, (first - other_first) // (other_growth - growth) + 1)
-    common = table.token[all_tokens if exchange else dp * most_tokens] + table.head[dp * most_sampled] + slowest_prefill
+    token = table.of_chunks(fewest_chunks)[0] if fewest_chunks else table.token
+    common = token[all_tokens if exchange else dp * most_tokens] + table.head[dp * most_sampled] + slowest_prefill
     return (_with_loads(common + first, ranks) if any(s.loading for s in ranks) else common + first), growth, steps
 
 
@@ -76,4 +80,5 @@ def _chunks(table: TickTable, s: Scheduler, dp: int) -> tuple[int, int, int]:
         tokens += new
         sampled += cached + new == request.target
         pairs += new * cached + new * (new + 1) // 2
-    return tokens, sampled, table.prefill_base + dp * (table.per_new * tokens + table.per_pair * pairs)
+    base, per_new, per_pair = table.of_chunks(len(s.chunks))[1]
+    return tokens, sampled, base + dp * (per_new * tokens + per_pair * pairs)

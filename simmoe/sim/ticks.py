@@ -25,21 +25,24 @@ def to_ticks(seconds: float) -> int:
 
 @dataclass(frozen=True, slots=True)
 class TickTable:
-    """A `StepTable` in ticks. ``decode[b]`` is the whole context-free part of a pure decode step of b requests."""
+    """A `StepTable` in ticks. ``decode[b]`` is the whole context-free part of a pure decode step of b requests.
+
+    ``per_context`` and ``mixed_per_context`` are per grain of context (`kv_cache`). ``prompts[i]`` is of steps with
+    i + 1 prompt chunks, the last also of steps with more: the part that depends on the tokens alone, and the prompts'
+    attention (base, per new token, per pair).
+    """
 
     token: list[int]
+    prompts: list[tuple[list[int], list[int]]]
     head: list[int]
     decode_base: list[int]
     decode: list[int]
     per_context: list[int]
-    prefill_base: int
-    per_new: int
-    per_pair: int
     mixed_base: list[int]
     mixed_per_context: list[int]
 
     @classmethod
-    def of(cls, table: StepTable, *, max_tokens: int, max_requests: int) -> TickTable:
+    def of(cls, table: StepTable, *, max_tokens: int, max_requests: int, grain: int = 1) -> TickTable:
         """Convert the part of ``table`` that batches of these limits can reach.
 
         Raises
@@ -47,7 +50,9 @@ class TickTable:
         SpecError
             If the table is shorter than the limits, or a step would take no time.
         """
-        if table.max_tokens < max_tokens or min(table.max_requests, len(table.head_s) - 1) < max_requests:
+        width = table.rows_per_decode
+        most_rows = max_requests * width
+        if table.max_tokens < max_tokens or table.max_requests < max_requests or len(table.head_s) <= most_rows:
             raise SpecError(
                 f"step table covers {table.max_tokens} tokens and {table.max_requests} requests; the deployment's "
                 f"limits are {max_tokens} tokens and {max_requests} requests; compile the table for these"
@@ -55,25 +60,32 @@ class TickTable:
         token = [to_ticks(t) for t in table.token_s[: max_tokens + 1].tolist()]
         if min(token[1:]) <= 0:
             raise SpecError("step table: token_s must be > 0 for every step of one token or more")
-        head = [to_ticks(t) for t in table.head_s[: max_requests + 1].tolist()]
+        head = [to_ticks(t) for t in table.head_s[: most_rows + 1].tolist()]
         base = [to_ticks(t) for t in table.decode_base_s[: max_requests + 1].tolist()]
-        slope = [to_ticks(t) for t in table.decode_per_context_s[: max_requests + 1].tolist()]
+        slope = [to_ticks(t / grain) for t in table.decode_per_context_s[: max_requests + 1].tolist()]
         mixed = [
-            alone if part is None else [to_ticks(t) for t in part[: max_requests + 1].tolist()]
-            for part, alone in ((table.mixed_base_s, base), (table.mixed_per_context_s, slope))
+            alone if part is None else [to_ticks(t / unit) for t in part[: max_requests + 1].tolist()]
+            for part, alone, unit in ((table.mixed_base_s, base, 1), (table.mixed_per_context_s, slope, grain))
         ]
+        by_batches, shares = table.prompts
+        tokens = [token]
+        if len(by_batches) > 1:
+            tokens = [[to_ticks(t) for t in row[: max_tokens + 1].tolist()] for row in by_batches]
+        terms = (table.prefill_base_s, table.prefill_per_token_s, table.prefill_per_pair_s)
         return cls(
             token=token,
+            prompts=list(zip(tokens, ([to_ticks(term * s) for term in terms] for s in shares.tolist()), strict=True)),
             head=head,
             decode_base=base,
-            decode=[t + h + b for t, h, b in zip(token, head, base, strict=False)],
+            decode=[t + h + b for t, h, b in zip(token[::width], head[::width], base, strict=False)],
             per_context=slope,
-            prefill_base=to_ticks(table.prefill_base_s),
-            per_new=to_ticks(table.prefill_per_token_s),
-            per_pair=to_ticks(table.prefill_per_pair_s),
             mixed_base=mixed[0],
             mixed_per_context=mixed[1],
         )
+
+    def of_chunks(self, chunks: int) -> tuple[list[int], list[int]]:
+        """The entry of ``prompts`` for a step with so many chunks."""
+        return self.prompts[min(chunks, len(self.prompts)) - 1]
 
 
 def window_ticks(first: int, growth: int, steps: int) -> int:

@@ -7,6 +7,7 @@ wide-EP layout); then the dp ranks step together.
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -14,6 +15,7 @@ from pydantic import Field, model_validator
 from simmoe.specs.base import Seconds, Spec
 from simmoe.specs.mechanisms import Dispatch, Exchange, KvOffload, Offload
 from simmoe.specs.routing import Routing
+from simmoe.specs.speculative import Speculative
 
 Precision = Literal["float32", "bfloat16", "float16", "fp8", "fp8_block", "int8", "int4", "mxfp4", "nvfp4"]
 EngineName = Literal["vllm", "sglang", "trtllm", "generic"]
@@ -53,6 +55,9 @@ class Deployment(Spec):
     expert_slices: int = Field(default=1, ge=1, description="Devices that share each expert's width, ep above 1.")
     dp: int = Field(default=1, ge=1, description="Data-parallel attention ranks in one engine (they step together).")
     pp: int = Field(default=1, ge=1, description="Pipeline stages.")
+    pipeline: Literal["continuous", "drained"] = Field(
+        default="continuous", description="Whether steps follow each other through the stages, or each empties them."
+    )
     weight_precision: Precision | None = Field(default=None, description="None: the model's native precision.")
     activation_precision: Precision | None = None
     wide_attention: bool = Field(default=False, description="Attention weights stay in 16 bit (not quantised).")
@@ -64,6 +69,7 @@ class Deployment(Spec):
     dispatch: Dispatch = Field(default=Dispatch(), description="Padding, drops and launches of the expert products.")
     offload: Offload | None = Field(default=None, description="Experts in host memory; None: all on the device.")
     kv_offload: KvOffload | None = Field(default=None, description="KV blocks in host memory; None: device only.")
+    speculative: Speculative | None = Field(default=None, description="Drafted tokens; None: one token a step.")
     max_num_seqs: int = Field(default=256, ge=1, description="Requests running together on one data-parallel rank.")
     max_num_batched_tokens: int = Field(default=8192, ge=1, description="Tokens in one step of one dp rank.")
     memory_fraction: float = Field(default=0.9, gt=0, le=1, description="Share of device memory the engine may use.")
@@ -91,6 +97,8 @@ class Deployment(Spec):
         if self.ep > 1 and self.ep * self.expert_slices != self.tp_size * self.dp:
             sliced = f", or that over expert_slices {self.expert_slices}" if self.expert_slices > 1 else ""
             raise ValueError(f"ep {self.ep} must be 1 or tp x dp = {self.tp_size * self.dp}{sliced}")
+        if self.speculative is not None and self.pp > 1:
+            raise ValueError("speculative decoding over pipeline stages (pp above 1) is not modelled; leave one out")
         return self
 
     @property
@@ -102,6 +110,16 @@ class Deployment(Spec):
     def devices_per_replica(self) -> int:
         """Devices that work on one engine's step."""
         return self.tp_size * self.dp * self.pp
+
+    @property
+    def rows_per_decode(self) -> int:
+        """Tokens a decoding request brings to a step: one, and the drafts it verifies."""
+        return 1 + (self.speculative.draft_tokens if self.speculative else 0)
+
+    @property
+    def tokens_per_decode(self) -> Fraction:
+        """Mean tokens a decode step emits for a request. [tokens]"""
+        return self.speculative.tokens_per_step if self.speculative else Fraction(1)
 
     @property
     def requests_per_replica(self) -> int:

@@ -9,6 +9,7 @@ with the tokens of the prompt.
 per step, and bytes moved per sequence and vocabulary entry.
 ``steps_ahead``: 1 if the next step is scheduled while one runs (asynchronous scheduling): newcomers wait one step more.
 ``pads_to_graphs``: batches are rounded up to the sizes of captured CUDA graphs.
+``offload_entry_time``: walking one entry of a small KV pool in host memory, see `sim.offload_books`.
 ``kernel_slowdown``: factor on every kernel's time; 1 for an engine of the calibration's age. Routed experts of a shape
 in ``tuned_expert_shapes`` are exempt: that kernel was already the measured one, with its tile sizes tuned.
 """
@@ -42,6 +43,7 @@ class EngineParameters(Spec):
     front_end_time_per_token: Seconds = 0.0
     nucleus_time: Seconds = 0.0
     nucleus_bytes_per_logit: float = Field(default=0.0, ge=0, description="[B]")
+    offload_entry_time: Seconds = 0.0
     steps_ahead: int = Field(default=0, ge=0, le=1, description="Steps decided before the running one ends. [steps]")
     pads_to_graphs: bool = Field(default=False, description="Batches are padded to the sizes of captured graphs.")
     kernel_slowdown: float = Field(default=1.0, gt=0)

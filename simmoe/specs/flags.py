@@ -12,6 +12,7 @@ from simmoe.specs import load, problems
 from simmoe.specs.base import Spec
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.routing import routing_values
+from simmoe.specs.speculative import speculative_values
 from simmoe.specs.traces import offered_per_s, workload_of
 from simmoe.specs.workload import Arrivals, Lengths, TraceReplay, Workload
 
@@ -33,20 +34,29 @@ def deployment_from(path: Path | None, **flags: Any) -> Deployment:
     SpecError
         Naming the flag that is wrong, or the file and key.
     """
-    base = load.load_deployment(path).model_dump() if path else {}
-    if flags.get("routing") is not None:
-        try:
-            flags["routing"] = {**(base.get("routing") or {}), **routing_values(flags["routing"])}
-        except ValueError as problem:
-            raise SpecError(str(problem)) from None
-    return _build(Deployment, {**base, **_given(flags)})
+    base = load.load_deployment(path) if path else None
+    return _over(base.model_dump() if base else {}, flags)
 
 
 def deployment_over(base: Deployment, path: Path | None, values: dict[str, Any]) -> Deployment:
     """A deployment read before, or the file's, with the flags that are not None."""
     if path is not None:
         return deployment_from(path, **values)
-    return _build(Deployment, {**base.model_dump(), **_given(values)})
+    return _over(base.model_dump(), values)
+
+
+def _over(base: dict[str, Any], flags: dict[str, Any]) -> Deployment:
+    """A deployment's fields with the flags that are not None, some of which are a line of several fields."""
+    given = _given(flags)
+    try:
+        if "routing" in given:
+            given["routing"] = {**(base.get("routing") or {}), **routing_values(given["routing"])}
+        if "speculative" in given:
+            line = given["speculative"]
+            given["speculative"] = None if line == "none" else speculative_values(line)
+    except ValueError as problem:
+        raise SpecError(str(problem)) from None
+    return _build(Deployment, {**base, **given})
 
 
 def workload_from(

@@ -47,6 +47,7 @@ def model_from_hf(config: Config, name: str) -> Model:
             "vocab": _need(text, "vocab_size"),
             "tied_embeddings": bool(text.get("tie_word_embeddings", False)),
             "native_precision": precision,
+            "mtp_layers": text.get("num_nextn_predict_layers") or 0,
             "max_context": text.get("max_position_embeddings"),
             "source": f"config.json ({architecture})",
             **reader(text),

@@ -103,6 +103,11 @@ class Model(Spec):
     moe_layers: int = Field(default=0, ge=0, description="How many layers carry experts; the rest have a plain FFN.")
     experts: Experts | None = None
     tied_embeddings: bool = False
+    mtp_layers: int = Field(
+        default=0,
+        ge=0,
+        description="Multi-token-prediction layers, beside the others and not counted in them.",
+    )
     native_precision: str = Field(default="bfloat16", description="Number format the checkpoint is published in.")
     max_context: int | None = Field(default=None, ge=1)
     published: Published | None = None

@@ -3,8 +3,7 @@
 The other phase is taken to be free, as such sources do. Where a row is silent: prefill steps hold 16384 prompt tokens a
 device (the wide-EP reports' chunk, else the engine's limit), experts over several nodes exchange under a second half
 batch (`two_batch`), a pool that the devices do not divide is filled up with copies of popular experts, DeepSeek's own
-engine is timed with SGLang's kernels. Left out: rows with speculative decoding,
-without a batch size, or that mix in cache hits.
+engine is timed with SGLang's kernels. Left out: rows without a batch size, or that mix in cache hits.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from simmoe.specs.model import Model
 from simmoe.specs.routing import Routing
 from simmoe.step import StepBreakdown
 from simmoe.validation.phases import phase_step
-from simmoe.validation.serving_rows import Row, Unspoken, described_parts, number, text
+from simmoe.validation.serving_rows import Row, Unspoken, described_parts, number, speculating, speculation_of, text
 from simmoe.validation.summary import Comparison, Outcome
 
 _Z90 = 1.6449
@@ -52,9 +51,9 @@ def compare_row(row: Row, file: str, line: int, group: str, outcome: Outcome) ->
 
 def _predict(row: Row) -> tuple[str, float, float, float]:
     """(quantity, measured, predicted, log spread) of a row; rates over all its devices. [tokens/s]"""
-    if text(row, "spec_decoding") not in ("", "none", "none?"):
-        raise Unspoken("speculative decoding, or not known to be without it")
+    drafts = speculation_of(row)
     hardware, model, deployment = described_parts(row, engine=_engine(row))
+    deployment = speculating(deployment, drafts)
     pool = model.experts.num_experts if model.experts else 0
     if pool and pool % deployment.ep:  # such layouts fill up with copies, as DeepSeek's 288 slots on 72 or 144 devices
         copies = Routing(placement="eplb", redundant_experts=-pool % deployment.ep)
@@ -89,7 +88,7 @@ def _decode(
     per_rank = max(1, round(batch * deployment.tp_size))
     output = number(row, "output_tokens") or 0.0
     step = phase_step(hardware, model, deployment, "decode", per_device=per_rank, context=round(context + output / 2))
-    return per_rank * deployment.dp / step.total_s, step
+    return per_rank * deployment.dp * float(deployment.tokens_per_decode) / step.total_s, step
 
 
 def _engine(row: Row) -> str:

@@ -21,7 +21,7 @@ from simmoe.specs.measurement import Table, stem
 from simmoe.steady_state import steady_state
 from simmoe.validation.misses import of_step
 from simmoe.validation.phase_rows import compare_row, is_phase_row
-from simmoe.validation.serving_rows import Row, Run, Unspoken, describe, number, short, text
+from simmoe.validation.serving_rows import Row, Run, Unspoken, describe, group_of, number, short, text
 from simmoe.validation.summary import Comparison, Outcome
 
 __all__ = ["Run", "Unspoken", "compare", "compare_runs", "describe", "figures", "is_serving_table", "rows_of", "solve"]
@@ -55,7 +55,7 @@ def compare(table: Table) -> Outcome:
     lines = []
     phases = Outcome()
     for line, row in enumerate(rows_of(table), start=2):
-        group = "/".join((source, *(text(row, name) for name in ("model", "gpu", "engine"))))
+        group = "/".join((source, *(text(row, name) for name in ("model", "gpu", "engine")))) + group_of(row)
         if is_phase_row(row):
             compare_row(row, file, line, group, phases)
         else:

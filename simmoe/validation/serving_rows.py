@@ -1,8 +1,8 @@
 """From a row of the serving schema (validate/serving/README.md) to simmoe's specs: hardware, model, layout, traffic.
 
 What a row leaves unsaid is filled by the defaults below, the same for every row of an engine; nothing is adjusted to a
-row. Rows the model cannot speak to raise `Unspoken` with the reason. Left out: speculative decoding, prefill and decode
-on separate devices, prefix caching. Checked against: tests/test_validation_serving.py.
+row. Rows the model cannot speak to raise `Unspoken` with the reason. Left out: prefill and decode on separate devices,
+prefix caching. Checked against: tests/test_validation_serving.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from simmoe.specs.engines import version_numbers
 from simmoe.specs.hardware import Hardware
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.model import Model
+from simmoe.specs.speculative import Speculative
 from simmoe.specs.workload import Lengths, Workload
+from simmoe.validation.speculative_rows import speculation
 
 Row = Mapping[str, object]
 
@@ -72,15 +74,36 @@ def describe(row: Row) -> Run:
     Unspoken
         If the row is of a kind simmoe does not predict yet, or lacks what a prediction needs.
     """
-    if text(row, "spec_decoding") not in ("", "none", "none?", "nan"):
-        raise Unspoken("speculative decoding, or not known to be without it")
+    drafts = speculation_of(row)
     if text(row, "disaggregated") == "yes":
         raise Unspoken("prefill and decode disaggregated")
     if text(row, "phase") not in ("", "mixed", "nan"):
         raise Unspoken("only one phase (prefill or decode) measured")
     hardware, model, deployment = described_parts(row, engine=text(row, "engine"))
     workload, requests = _traffic(row)
-    return Run(hardware, model, deployment, workload, requests)
+    return Run(hardware, model, speculating(deployment, drafts), workload, requests)
+
+
+def speculation_of(row: Row) -> tuple[Speculative | None, str]:
+    """What a row drafted and what is told of its acceptance; `Unspoken` where it may have speculated somehow."""
+    found = speculation(*(text(row, name) for name in ("spec_decoding", "source", "notes")))
+    if found is None:
+        raise Unspoken("speculative decoding of unknown drafts, or not known to be without it")
+    return found
+
+
+def speculating(deployment: Deployment, drafts: tuple[Speculative | None, str]) -> Deployment:
+    """The deployment with what a row drafted; `Unspoken` where the two do not go together."""
+    try:
+        return deployment.vary(speculative=drafts[0])
+    except ValueError as problem:
+        raise Unspoken(f"layout not modelled: {short(str(problem))}") from None
+
+
+def group_of(row: Row) -> str:
+    """Ends the name of a row's group where it speculated: how its acceptance is known."""
+    found = speculation(*(text(row, name) for name in ("spec_decoding", "source", "notes")))
+    return f"/speculative, acceptance {found[1]}" if found and found[1] else ""
 
 
 def described_parts(row: Row, *, engine: str) -> tuple[Hardware, Model, Deployment]:

@@ -5,14 +5,16 @@
 Method: the runs are predicted at a start and with each parameter moved; around it, ln(predicted) of every stage's mean
 ITL and TTFT is taken as linear in the parameters (Gauss-Newton), and the parameters of least absolute residual are
 found by reweighted least squares, not below zero. Absolute residuals, since single runs hold stalls nobody explains.
-Runs that fell behind their load are left out, and the TTFT of stage 0 of MoE runs (cold start).
+Runs that fell behind their load are left out, and the TTFT of stage 0 of MoE runs (cold start). Only from those that
+did and copy KV blocks to host memory comes the time of an entry of that pool, which shows nowhere else: the one of
+least absolute error of ln(mean ITL), over a range of times and linear between.
 Left out: errors of the kernels' own fits, which the parameters partly absorb.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,8 @@ START: dict[str, tuple[float, float]] = {
     "host_time_per_step": (0.05e-3, 0.1e-3),
     "nucleus_time": (0.25e-3, 0.1e-3),
 }
+#: Times of a pool's entry that are tried. [s]
+ENTRY_TIMES = np.geomspace(10e-9, 30e-9, 8)
 Key = tuple[str, str, str]
 
 
@@ -57,6 +61,35 @@ def estimate(folder: Path, rounds: int = 1) -> tuple[dict[str, float], dict[str,
             without[model] = _named(_solve(jacobian[rows], residual[rows], centre))
         values = _named(_solve(jacobian, residual, centre))
     return values, without
+
+
+def estimate_entry_time(
+    folder: Path, values: Mapping[str, float], without: Mapping[str, Mapping[str, float]]
+) -> tuple[float, dict[str, float]]:
+    """Time of an entry of the KV pool in host memory, on all overloaded runs that have one and without each model. [s]
+
+    Parameters
+    ----------
+    values, without : what `estimate` found.
+    """
+    runs = [run for run in read_runs(folder)[0] if run.overloaded and run.host_blocks]
+    measured = _targets(runs, measured_figures(folder))
+    fine = np.linspace(ENTRY_TIMES[0], ENTRY_TIMES[-1], 500)
+    errors: dict[str, Array] = {}
+    for run in runs:
+        keys = [key for key in sorted(measured) if key[0] == run.name and key[2] == "itl_mean"]
+        mine = without.get(run.model.name, values)
+        tried = [_predicted([run], {**mine, "offload_entry_time": float(time)}, keys) for time in ENTRY_TIMES]
+        logs = np.array(tried).reshape(len(ENTRY_TIMES), len(keys))
+        for key, column in zip(keys, logs.T, strict=True):
+            off = np.abs(np.interp(fine, ENTRY_TIMES, column) - measured[key])
+            errors[run.model.name] = errors.get(run.model.name, np.zeros(fine.size)) + off
+
+    def best(models: Iterable[str]) -> float:
+        chosen = [errors[model] for model in models if model in errors]
+        return float(fine[np.argmin(np.sum(chosen, axis=0))]) if chosen else 0.0
+
+    return best(errors), {model: best(other for other in errors if other != model) for model in without}
 
 
 def _named(vector: Array) -> dict[str, float]:
@@ -102,6 +135,9 @@ def _solve(jacobian: Array, residual: Array, centre: Array) -> Array:
 def write(folder: Path, out: Path) -> None:
     """Estimate and write the parameters file that `showdown` reads."""
     together, without = estimate(folder)
+    entry, entry_without = estimate_entry_time(folder, together, without)
+    together = {**together, "offload_entry_time": entry}
+    without = {model: {**found, "offload_entry_time": entry_without[model]} for model, found in without.items()}
     count = len(read_runs(folder)[0])
     content = {
         "source": f"estimated on the {count} shared runs of the vLLM showdown (vLLM 0.15.1), see showdown_fit",

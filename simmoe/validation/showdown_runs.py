@@ -2,21 +2,27 @@
 
 What a row leaves unsaid is assumed here: 100 prompts used round robin, ten sharing a system prompt each (as the traced
 runs show), prompts 30 tokens above nominal after re-tokenising, experts sliced by tensor parallelism unless
-data-parallel, three seconds between load stages beyond the drain. Every request generates the nominal number of tokens:
+data-parallel, three seconds between load stages beyond the drain, Poisson arrivals where a trace is not there. Every
+request generates the nominal number of tokens:
 in the traces the time a stream takes does not depend on the length its text has once tokenised again.
-Left out: KV offload to host memory (its pool holds fewer blocks than pass between two uses of a prompt).
+KV offload to host memory has a pool of 8 GiB a device where its blocks are not given (all the given ones are).
+Left out: prompts loaded back from it (it holds fewer blocks than pass between two uses of a prompt).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
-from simmoe.errors import MeasurementError, SimmoeError
+from simmoe.costs.memory import check_layout, kv_bytes_per_token
+from simmoe.errors import MeasurementError, SimmoeError, SpecError
+from simmoe.specs import problems
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.hardware import Hardware
 from simmoe.specs.load import load_hardware, load_model
@@ -26,12 +32,15 @@ from simmoe.specs.model import Model
 Array = NDArray[np.float64]
 
 PROMPTS, PROMPTS_PER_GROUP = 100, 10
+MAX_NUM_SEQS = 128
 RETOKENISED = 30.0
 """Tokens a prompt has beyond the nominal ones where it was not measured; 25 to 45 in the traces. [tokens]"""
 PAUSE_S = 3.0
 """Between the end of a stage and the next one's first request: 2.5 to 2.8 in the traces. [s]"""
 PATIENCE_S = 300.0
 """The load generator's time limit per request. [s]"""
+HOST_POOL_BYTES = 8 * 2**30
+"""Host memory of one device's share of the KV offload. [B]"""
 
 _PRECISIONS = {"FP16": "bfloat16", "BF16": "bfloat16", "FP8": "fp8", "INT8": "int8", "INT4": "int4", "W4A16": "int4"}
 
@@ -50,28 +59,31 @@ class Run:
 
     Attributes
     ----------
+    overloaded : whether it fell behind its load; None: not said.
     kv_blocks : blocks of one data-parallel rank as the server logged them; None: not known.
+    host_blocks : blocks of its pool in host memory; 0: no KV offload.
     arrival_s, stage, prompt, input_tokens : per request, in order of arrival. [s], [-], [-], [tokens]
     output_tokens : generated per request. [tokens]
-    counted_tokens : output length as the client counts it, for ITL and throughput. [tokens]
+    counted_tokens : output length as the client counts it, for ITL and throughput; None: not said. [tokens]
     shared_tokens : head that the prompts of a group have in common. [tokens]
     """
 
     name: str
     is_moe: bool
-    overloaded: bool
+    overloaded: bool | None
     series: str
     workload: str
     model: Model
     hardware: Hardware
     deployment: Deployment
     kv_blocks: int | None
+    host_blocks: int
     arrival_s: Array
     stage: NDArray[np.int64]
     prompt: NDArray[np.int64]
     input_tokens: NDArray[np.int64]
     output_tokens: int
-    counted_tokens: float
+    counted_tokens: float | None
     shared_tokens: int
 
 
@@ -90,8 +102,8 @@ def read_runs(folder: Path, seed: int = 0) -> tuple[list[Run], dict[str, str]]:
         row = {name: _clean(cells[i]) for name, cells in columns.items()}
         try:
             runs.append(_run(row, folder, seed + i))
-        except (SimmoeError, ValueError, KeyError) as problem:
-            refused[row.get("exp_id", f"row {i + 2}")] = f"{type(problem).__name__}: {problem}"
+        except SimmoeError as problem:
+            refused[row["exp_id"] or f"row {i + 2}"] = f"{type(problem).__name__}: {problem}"
     return runs, refused
 
 
@@ -129,47 +141,27 @@ def _number(row: Mapping[str, str], name: str, default: float) -> float:
 
 def _run(row: Mapping[str, str], folder: Path, seed: int) -> Run:
     model = _model(row)
-    tp, dp, pp = (int(_number(row, name, 1)) for name in ("tp", "dp", "pp"))
-    checkpoint = row.get("hf_id", row["model"]).rsplit("/", 1)[-1].lower()
-    label = row.get("precision_label", "").upper()
-    deployment = Deployment(
-        gpus=tp * dp * pp,
-        tp=tp,
-        dp=dp,
-        pp=pp,
-        ep=_experts_over(row, model, tp, dp),
-        weight_precision=_PRECISIONS.get(label),
-        max_num_seqs=int(_number(row, "max_num_seqs", 256)),
-        max_num_batched_tokens=int(_number(row, "max_num_batched_tokens", 2048)),
-        memory_fraction=_number(row, "gpu_memory_utilization", 0.9),
-        kv_block_size=int(_number(row, "kv_block_size", 16)),
-        prefix_caching=row.get("prefix_caching", "1") != "0",
-        wide_attention=checkpoint.startswith(WIDE_ATTENTION),
-        nucleus_sampling=checkpoint.startswith(NUCLEUS),
-        engine="vllm",
-        engine_version=row.get("engine_version", "").split(" ")[0] or None,
-    )
+    deployment = _deployment(row, model)
     arrival, stage, prompt, length = _requests(row, folder, np.random.default_rng(seed))
-    nominal = int(_number(row, "output_tokens_nominal", 0) or _number(row, "output_tokens_measured_mean", 0))
-    if nominal < 1:
-        raise MeasurementError("no output length")
     blocks = int(_number(row, "gpu_kv_blocks", 0))
+    marked = row.get("saturated")
     return Run(
         name=row["exp_id"],
-        is_moe=row.get("is_moe", "0") in ("1", "True", "true"),
-        overloaded=bool(row.get("saturated")),
+        is_moe=model.experts is not None,
+        overloaded=None if marked is None else _said(marked),
         series=row.get("series", ""),
         workload=row.get("workload", ""),
         model=model,
         hardware=load_hardware(row["gpu"]),
         deployment=deployment,
         kv_blocks=blocks or None,
+        host_blocks=_host_blocks(row, model, deployment),
         arrival_s=arrival,
         stage=stage,
         prompt=prompt,
         input_tokens=length,
-        output_tokens=nominal,
-        counted_tokens=_number(row, "output_tokens_measured_mean", nominal),
+        output_tokens=_output_tokens(row),
+        counted_tokens=_number(row, "output_tokens_measured_mean", 0) or None,
         shared_tokens=int(_number(row, "system_prompt_tokens_nominal", 0)),
     )
 
@@ -181,6 +173,53 @@ def _model(row: Mapping[str, str]) -> Model:
         if not row.get("hf_id"):
             raise
         return load_model(row["hf_id"])
+
+
+def _said(cell: str) -> bool:
+    return cell.lower() not in ("", "0", "false", "no")
+
+
+def _deployment(row: Mapping[str, str], model: Model) -> Deployment:
+    dp, pp = (int(_number(row, name, 1)) for name in ("dp", "pp"))
+    tp = int(_number(row, "tp", 0) or _number(row, "n_gpus", 1) // (dp * pp))
+    checkpoint = row.get("hf_id", row["model"]).rsplit("/", 1)[-1].lower()
+    try:
+        deployment = Deployment(
+            gpus=tp * dp * pp,
+            tp=tp,
+            dp=dp,
+            pp=pp,
+            ep=_experts_over(row, model, tp, dp),
+            weight_precision=_PRECISIONS.get(row.get("precision_label", "").upper()),
+            max_num_seqs=int(_number(row, "max_num_seqs", MAX_NUM_SEQS)),
+            max_num_batched_tokens=int(_number(row, "max_num_batched_tokens", 2048)),
+            memory_fraction=_number(row, "gpu_memory_utilization", 0.9),
+            kv_block_size=int(_number(row, "kv_block_size", 16)),
+            prefix_caching=row.get("prefix_caching", "1") != "0",
+            wide_attention=checkpoint.startswith(WIDE_ATTENTION),
+            nucleus_sampling=checkpoint.startswith(NUCLEUS),
+            engine="vllm",
+            engine_version=row.get("engine_version", "").split(" ")[0] or None,
+        )
+    except ValidationError as problem:
+        raise SpecError(problems.describe(problem, Deployment)) from None
+    check_layout(model, deployment)
+    return deployment
+
+
+def _output_tokens(row: Mapping[str, str]) -> int:
+    tokens = int(_number(row, "output_tokens_nominal", 0) or _number(row, "output_tokens_measured_mean", 0))
+    if tokens < 1:
+        raise MeasurementError("no output_tokens_nominal")
+    return tokens
+
+
+def _host_blocks(row: Mapping[str, str], model: Model, deployment: Deployment) -> int:
+    """Blocks of a rank's KV pool in host memory: as logged, else what its memory holds."""
+    if not _said(row.get("cpu_offload", "")):
+        return 0
+    per_block = kv_bytes_per_token(model, deployment) * deployment.kv_block_size
+    return int(_number(row, "cpu_kv_blocks", 0)) or int(HOST_POOL_BYTES // per_block)
 
 
 def _experts_over(row: Mapping[str, str], model: Model, tp: int, dp: int) -> int:
@@ -197,30 +236,69 @@ Requests = tuple[Array, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
 
 
 def _requests(row: Mapping[str, str], folder: Path, rng: np.random.Generator) -> Requests:
-    if row.get("trace_file"):
-        path = folder / row["trace_file"]
-        if not path.is_file():
-            path = folder / "traces" / Path(row["trace_file"]).name
-        return _from_trace(read_table(path))
-    nominal = _number(row, "system_prompt_tokens_nominal", 0) + _number(row, "question_tokens_nominal", 0)
-    tokens = _number(row, "prompt_tokens_measured_mean", 0) or nominal + RETOKENISED
-    output = _number(row, "output_tokens_nominal", 1)
+    trace = _trace(folder, row.get("trace_file", ""))
+    if trace is not None:
+        return _from_trace(trace, row)
+    output = _output_tokens(row)
     times, stages = [], []
     start = 0.0
-    for number, part in enumerate(row["stages"].split(";")):
-        rate, duration = part.split("rps*")
-        seconds = float(duration.removesuffix("s"))
-        count = round(float(rate) * seconds)
+    for number, (rate, seconds) in enumerate(_load(row["stages"])):
+        count = round(rate * seconds)
         times.append(start + np.sort(rng.uniform(0.0, seconds, count)))
         stages.append(np.full(count, number))
         start += seconds + PAUSE_S + 0.02 * output  # drain: about 20 ms a token
     arrival = np.concatenate(times)
+    if not arrival.size:
+        raise MeasurementError(f"stages {row['stages']!r} hold no request")
     prompt = np.arange(arrival.size) % int(_number(row, "unique_prompts", PROMPTS))
-    return arrival, np.concatenate(stages), prompt, np.full(arrival.size, round(tokens))
+    return arrival, np.concatenate(stages), prompt, np.full(arrival.size, _prompt_tokens(row))
 
 
-def _from_trace(table: Table) -> Requests:
+def _prompt_tokens(row: Mapping[str, str]) -> int:
+    nominal = _number(row, "system_prompt_tokens_nominal", 0) + _number(row, "question_tokens_nominal", 0)
+    tokens = _number(row, "prompt_tokens_measured_mean", 0) or (nominal + RETOKENISED if nominal else 0)
+    if tokens < 1:
+        raise MeasurementError("no prompt length: prompt_tokens_measured_mean or question_tokens_nominal")
+    return round(tokens)
+
+
+def _load(stages: str) -> list[tuple[float, float]]:
+    """Stages "8rps*600s;20rps*600s" as rates and durations. [1/s], [s]"""
+    load = []
+    for part in stages.split(";"):
+        found = re.fullmatch(r"(\d+\.?\d*)rps\*(\d+\.?\d*)s", part.strip())
+        if not found:
+            raise MeasurementError(f"stages {stages!r}: not like 8rps*600s;20rps*600s")
+        load.append((float(found[1]), float(found[2])))
+    return load
+
+
+def _trace(folder: Path, name: str) -> Table | None:
+    """A run's trace as named, in traces/, compressed or not; None: it is not there."""
+    stem = Path(name).name.removesuffix(".gz")
+    places = (folder / name, *(folder / "traces" / f"{stem}{ending}" for ending in ("", ".gz"))) if name else ()
+    return next((read_table(place) for place in places if place.is_file()), None)
+
+
+def _from_trace(table: Table, row: Mapping[str, str]) -> Requests:
     arrival = table.number("arrival_s")
     order = np.argsort(arrival, kind="stable")
-    columns = [table.number(name)[order].astype(np.int64) for name in ("stage", "prompt_id", "input_tokens")]
-    return arrival[order] - arrival.min(), columns[0], columns[1], columns[2]
+
+    def column(name: str, otherwise: NDArray[np.int64]) -> NDArray[np.int64]:
+        """A column in order of arrival; where it or a cell is missing, something else."""
+        if name not in table.columns:
+            return otherwise
+        values = table.number(name)[order]
+        return np.where(np.isfinite(values), np.nan_to_num(values), otherwise).astype(np.int64)
+
+    rank = np.arange(arrival.size)
+    prompt = column("prompt_id", rank % int(_number(row, "unique_prompts", PROMPTS)))
+    lengths = table.number("input_tokens")[order] if "input_tokens" in table.columns else np.array([np.nan])
+    known = lengths[np.isfinite(lengths)]
+    usual = round(float(known.mean())) if known.size else _prompt_tokens(row)
+    return (
+        arrival[order] - arrival.min(),
+        column("stage", np.zeros_like(rank)),
+        prompt,
+        column("input_tokens", np.full_like(rank, usual)),
+    )

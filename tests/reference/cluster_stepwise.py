@@ -23,9 +23,13 @@ class Engines:
         self.table, self.exchange, self.dp, self.route = table, d.ep > 1, d.dp, route
         total = kv_tokens // d.dp // d.kv_block_size
         self.engines = [
-            [Rank(total, d.kv_block_size, d.max_num_seqs, d.max_num_batched_tokens, policy, tier) for _ in range(d.dp)]
+            [
+                Rank(total, d.kv_block_size, d.max_num_seqs, d.max_num_batched_tokens, policy, tier,
+                     d.tokens_per_decode, d.rows_per_decode)
+                for _ in range(d.dp)
+            ]
             for _ in range(d.replicas)
-        ]
+        ]  # fmt: skip
         self.ranks = [rank for engine in self.engines for rank in engine]
         self.up = [True] * d.replicas
         self.ends = [None] * d.replicas
@@ -112,6 +116,7 @@ def simulate_cluster(
     def moved(rank, proxy, now):
         job = jobs[proxy.index]
         job.token_times, job.admitted, job.preemptions = proxy.token_times, proxy.admitted, proxy.preemptions
+        job.tokens = proxy.tokens
         if job.output == 1:
             gone(now)
             return
@@ -170,6 +175,6 @@ def simulate_cluster(
         for pool in pools:
             for e in range(len(pool.engines)):
                 pool.begin(e, now)
-        if len(jobs) == requests and all(len(job.token_times) == job.output for job in jobs.values()):
+        if len(jobs) == requests and all(job.tokens == job.output for job in jobs.values()):
             return jobs
         now_of[0] = min(t for t in [*(e[0] for e in events[:1]), *(t for p in pools for t in p.ends)] if t is not None)

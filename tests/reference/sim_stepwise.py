@@ -1,13 +1,16 @@
 """The simulator's slow twin: one loop, one step at a time, every request with its own list of blocks and token times.
 
 Nothing is summed in closed form and nobody sleeps through anything; SimPy is not used. Written to be read beside the
-scheduler's rules. Shares with the fast simulator only the traffic (`arrivals`) and the routers.
+scheduler's rules. Shares with the fast simulator only the traffic (`arrivals`) and the routers. What speculative
+decoding emits on average is counted in fractions, request by request.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from fractions import Fraction
+from math import ceil, floor
 
 from simmoe.sim.arrivals import Streams, arrival_ticks, shapes
 from simmoe.sim.routers import ROUTERS
@@ -26,10 +29,13 @@ class Job:
     prompt: int
     output: int
     segments: tuple = ()
-    computed: int = 0  # tokens whose keys and values are in the cache
+    computed: int | Fraction = 0  # tokens whose keys and values are in the cache
     moved: bool = False  # computed elsewhere: no prompt to look up
     blocks: list = field(default_factory=list)
-    token_times: list[int] = field(default_factory=list)
+    token_times: list[int] = field(default_factory=list)  # when a step emitted one or more
+    tokens: int = 0  # emitted
+    kept: int = 0  # of them, before it last began to decode
+    speculated: Fraction = Fraction(0)  # and since
     admitted: int | None = None
     preemptions: int = 0
     decoding: bool = False  # has sampled a token since it was (re)admitted; else its step is a prompt chunk
@@ -38,10 +44,10 @@ class Job:
     @property
     def known(self) -> int:
         """Tokens that exist: the prompt and what was generated."""
-        return self.prompt + len(self.token_times)
+        return self.prompt + self.tokens
 
     @property
-    def tokens(self):
+    def content(self):
         """The prompt, token by token, as far as others can have the same."""
         return [(identity, i) for identity, length in self.segments for i in range(length)]
 
@@ -49,7 +55,8 @@ class Job:
 class Rank:
     """Blocks have numbers, users and maybe a key: all tokens up to their end. Free ones queue, oldest first."""
 
-    def __init__(self, total_blocks, block, max_seqs, budget, policy, tier=None):
+    def __init__(self, total_blocks, block, max_seqs, budget, policy, tier=None, per_step=1, rows=1):
+        self.per_step, self.rows = Fraction(per_step), rows
         self.total, self.block = total_blocks, block
         self.max_seqs, self.budget, self.policy, self.tier = max_seqs, budget, policy, tier
         self.waiting, self.running, self.work = [], [], []
@@ -83,7 +90,7 @@ class Rank:
         return number
 
     def more(self, job, tokens):
-        return -(-(job.computed + tokens) // self.block) - len(job.blocks)
+        return ceil(Fraction(job.computed + tokens) / self.block) - len(job.blocks)
 
     def grow(self, job, tokens):
         """Give the job blocks for ``tokens`` more tokens, or say that there are too few."""
@@ -102,11 +109,11 @@ class Rank:
 
     def found(self, job):
         """Blocks of a waiting job's prompt on the device, and keys of those after them in host memory."""
-        here, there, tokens = [], [], job.tokens
+        here, there, content = [], [], job.content
         if job.moved:
             return here, there
-        for end in range(self.block, min(len(tokens), job.known - 1) + 1, self.block):
-            key = tuple(tokens[:end])
+        for end in range(self.block, min(len(content), job.known - 1) + 1, self.block):
+            key = tuple(content[:end])
             if not there and key in self.block_of:
                 here.append(self.block_of[key])
             elif key in self.host:
@@ -122,8 +129,7 @@ class Rank:
 
     def preempt(self):
         job = self.running.pop()
-        held = len(job.blocks)
-        tokens = job.computed
+        tokens = floor(job.computed)
         if job in [other for other, _ in self.work]:
             self.work = [(other, new) for other, new in self.work if other is not job]
         # a block taken for the step that is being decided holds nothing yet
@@ -170,9 +176,9 @@ class Rank:
         return new
 
     def publish(self, job):
-        tokens = job.tokens
-        for i in range(min(len(tokens), job.computed) // self.block):
-            key = tuple(tokens[: (i + 1) * self.block])
+        content = job.content
+        for i in range(min(len(content), job.computed) // self.block):
+            key = tuple(content[: (i + 1) * self.block])
             if key not in self.block_of:
                 self.block_of[key], self.key_of[job.blocks[i]] = job.blocks[i], key
                 self.host.pop(key, None)
@@ -187,8 +193,8 @@ class Rank:
         left, preempted, i = self.budget, False, 0
         while i < len(self.running):
             job = self.running[i]
-            new = min(job.known - job.computed, left)
-            while not self.grow(job, new):
+            new = self.rows if job.decoding else min(job.known - job.computed, left)
+            while not self.grow(job, self.per_step if job.decoding else new):
                 preempted = True
                 if self.preempt() is job:
                     break
@@ -206,13 +212,13 @@ class Rank:
     def plan_no_evict(self, now):
         left = self.budget
         for job in self.running:
-            new = min(job.known - job.computed, left)
-            assert self.grow(job, new), "nobody should lack a block"
+            new = self.rows if job.decoding else min(job.known - job.computed, left)
+            assert self.grow(job, self.per_step if job.decoding else new), "nobody should lack a block"
             self.work.append((job, new))
             left -= new
         while self.waiting and left and len(self.running) < self.max_seqs:
             job = self.waiting[0]
-            promised = sum(-(-(j.prompt + j.output - 1) // self.block) for j in [*self.running, job])
+            promised = sum(self.most_blocks(j) for j in [*self.running, job])
             if promised > self.total:
                 break
             new = self.admit(now, left)
@@ -235,7 +241,7 @@ class Rank:
             # steps to come after the step that ends its prompt
             to_come = sum(j.prompt + j.output - 1 - max(j.computed, j.known if not j.decoding else 0)
                           for j in [*self.running, job])  # fmt: skip
-            needed = -(-(job.known + int(0.1 * to_come)) // self.block)
+            needed = -(-(job.known + int(0.1 * float(to_come))) // self.block)
             if needed > len(self.free) and self.running:
                 break
             new = self.admit(now, left)
@@ -247,12 +253,17 @@ class Rank:
         i = 0
         while i < len(self.running):
             job = self.running[i]
-            while not self.grow(job, 1):
+            while not self.grow(job, self.per_step):
                 if self.preempt() is job:
                     break
             else:
-                self.work.append((job, 1))
+                self.work.append((job, self.rows))
             i += 1
+
+    def most_blocks(self, job):
+        """Blocks at the job's end, when the last step may have emitted more than was left."""
+        beyond = ceil(self.per_step - Fraction(1, self.per_step.denominator))
+        return -(-(job.prompt + job.output - 1 + beyond) // self.block)
 
     def start(self, now, new):
         job = self.waiting.pop(0)
@@ -265,14 +276,22 @@ class Rank:
         done = []
         self.loaded += self.loading
         for job, new in self.work:
-            prompt = not job.decoding
-            job.computed += new
-            if prompt:
+            if job.decoding:
+                job.computed += self.per_step
+                job.speculated += self.per_step
+                emitted = True
+                job.tokens = min(job.kept + floor(job.speculated), job.output)
+            else:
+                job.computed += new
                 self.publish(job)
-            if job.computed == job.known:
+                emitted = job.computed == job.known
+                if emitted:
+                    job.decoding, job.speculated = True, Fraction(0)
+                    job.tokens += 1
+                    job.kept = job.tokens
+            if emitted:
                 job.token_times.append(now)
-                job.decoding = True
-                if len(job.token_times) == job.output:
+                if job.tokens == job.output:
                     self.running.remove(job)
                     self.release(job)
                     done.append(job)
@@ -302,24 +321,30 @@ def see(engine):
 def step_time(table, ranks, exchange):
     """A step's time from the definition of StepTable, every entry rounded to ticks. [ticks]"""
     dp = len(ranks)
-    tokens, sampled, prefill, attention = [0], [0], [0], [0]
+    tokens, sampled, prefill, attention, by_batches = [0], [0], [0], [0], []
     for rank in ranks:
         decodes = [(job, new) for job, new in rank.work if job.decoding]
         chunks = [(job, new) for job, new in rank.work if not job.decoding]
         tokens.append(sum(new for _, new in rank.work))
-        sampled.append(len(decodes) + sum(job.computed + new == job.known for job, new in chunks))
+        sampled.append(len(decodes) * rank.rows + sum(job.computed + new == job.known for job, new in chunks))
         if decodes:
             b, context = dp * len(decodes), dp * sum(job.computed for job, _ in decodes)
-            attention.append(ticks(table.decode_base_s[b]) + ticks(table.decode_per_context_s[b]) * context)
+            grain = rank.per_step.denominator
+            attention.append(
+                ticks(table.decode_base_s[b]) + ticks(table.decode_per_context_s[b] / grain) * int(context * grain)
+            )
         if chunks:
+            by_batches.append(min(len(chunks), len(table.prompt_shares)))
+            share = table.prompt_shares[by_batches[-1] - 1]
             new = dp * sum(n for _, n in chunks)
             pairs = dp * sum(n * job.computed + n * (n + 1) // 2 for job, n in chunks)
             prefill.append(
-                ticks(table.prefill_base_s) + ticks(table.prefill_per_token_s) * new
-                + ticks(table.prefill_per_pair_s) * pairs
+                ticks(table.prefill_base_s * share) + ticks(table.prefill_per_token_s * share) * new
+                + ticks(table.prefill_per_pair_s * share) * pairs
             )  # fmt: skip
     together = sum(tokens) if exchange or dp == 1 else dp * max(tokens)
-    time = ticks(table.token_s[together]) + ticks(table.head_s[dp * max(sampled)]) + max(prefill) + max(attention)
+    token_s = table.prompt_token_s[min(by_batches) - 1] if by_batches else table.token_s
+    time = ticks(token_s[together]) + ticks(table.head_s[dp * max(sampled)]) + max(prefill) + max(attention)
     loading, tier = max(rank.loading for rank in ranks), ranks[0].tier
     if not loading:
         return time
@@ -338,8 +363,8 @@ def simulate_stepwise(
     block = deployment.kv_block_size
     engines = [
         [
-            Rank(kv_tokens // dp // block, block, deployment.max_num_seqs,
-                 deployment.max_num_batched_tokens, policy, tier)
+            Rank(kv_tokens // dp // block, block, deployment.max_num_seqs, deployment.max_num_batched_tokens, policy,
+                 tier, deployment.tokens_per_decode, deployment.rows_per_decode)
             for _ in range(dp)
         ]
         for _ in range(deployment.replicas)
@@ -353,7 +378,7 @@ def simulate_stepwise(
         """Offer the next request; in a closed loop, the next one that is not refused."""
         while len(jobs) + len(refused) < requests:
             job = Job(len(jobs) + len(refused), now, *next(lengths))
-            if -(-(job.prompt + job.output - 1) // block) <= ranks[0].total:
+            if ranks[0].most_blocks(job) <= ranks[0].total:
                 target = 0 if len(ranks) == 1 else route(None, outstanding, range(len(ranks)))
                 jobs[job.index] = job
                 outstanding[target] += 1
