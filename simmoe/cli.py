@@ -323,13 +323,16 @@ def validate(
 ) -> None:
     """Lay predictions beside measurements: kernel by kernel, run by run.
 
-    Reads kernel and serving tables (CSV) and the results of `vllm bench serve` and `sglang.bench_serving` (JSON).
+    Reads kernel and serving tables, lists of serving rows to look at (CSV: file, source_id), and the results of
+    `vllm bench serve` and `sglang.bench_serving` (JSON).
 
     For example:
 
     `simmoe validate profiles/h100_sxm --rows rows.csv`
 
     `simmoe validate validate/serving --explain 5`
+
+    `simmoe validate validate/serving/recommended_points.csv --json`
 
     `simmoe validate result.json --hardware h100 --model deepseek-v2-lite --gpus 2 --tp 2 --json`
 
@@ -340,7 +343,7 @@ def validate(
     `simmoe validate --live --budget 2min --json`
     """
     from simmoe import validation  # noqa: PLC0415
-    from simmoe.validation import bench_json, misses, run, summary  # noqa: PLC0415
+    from simmoe.validation import bench_json, listed, misses, run, summary  # noqa: PLC0415
 
     if live:
         cli_live.validate_live(
@@ -373,7 +376,9 @@ def validate(
 
         plots.parity(outcome.comparisons, plot)
     if json:
-        _json(summary.to_json(outcome) | ({"misses": misses.to_json(outcome, explain)} if explain else {}))
+        listings = {name: listed.to_json(found) for name, found in outcome.lists.items()}
+        shown = summary.to_json(outcome) | ({"lists": listings} if listings else {})
+        _json(shown | ({"misses": misses.to_json(outcome, explain)} if explain else {}))
     else:
         show(run.table(outcome))
         if explain:

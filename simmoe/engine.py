@@ -95,8 +95,16 @@ class Engine:
         if self.model.experts is None:
             return None
         return MoeLayers(
-            self.model, self.deployment, self.times, self.precision, self.top_k, self.num_experts, self.inclusion
-        )
+            self.model, self.deployment, self.times, self.precision, self.top_k, self.num_experts, self.inclusion,
+            self._shared_fused,
+        )  # fmt: skip
+
+    @property
+    def _shared_fused(self) -> bool:
+        """Whether the shared expert runs as one more routed expert."""
+        e = self.model.experts
+        alike = e is not None and e.num_shared == 1 and e.shared_inter_size == e.inter_size
+        return self.parameters.fuses_shared_expert and alike and self.deployment.ep == 1
 
     def token_parts(
         self, tokens: Array, attention_s: Array | float = 0.0, micro_batches: int | None = None
@@ -131,6 +139,11 @@ class Engine:
             name: value if name == "routed_experts" and self._experts_tuned else value * slow
             for name, value in parts.items()
         }
+        if self.parameters.shared_beside_tokens and "shared_experts" in parts:
+            beside = overlap.beside_routed_experts(parts)
+            parts["shared_experts"] = np.where(
+                local <= self.parameters.shared_beside_tokens, beside, parts["shared_experts"]
+            )
         if self.moe is not None and d.exchange.overlap == "shared":
             parts = overlap.under_shared_expert(parts)
         if self.moe is not None and halves == 2:
@@ -169,7 +182,7 @@ class Engine:
             ]
         if m.experts is not None:
             shapes.append(("router", m.moe_layers, float(m.experts.num_experts), float(m.hidden), False))
-            if m.experts.shared_inter_size:
+            if m.experts.shared_inter_size and not self._shared_fused:
                 # with token exchange the shared expert is replicated over the ranks, as its input is local
                 width = m.experts.shared_inter_size / (1 if self._exchanges_tokens else tp)
                 up = (m.experts.matrices - 1) * width

@@ -97,12 +97,13 @@ class Compiled:
 def compiled(hardware: Hardware, model: Model, deployment: Deployment, mean_context: float, prompt: float) -> Compiled:
     """Engine, step table and memory of a deployment; kept, so that another load costs only the steady state."""
     memory = footprint(model, deployment, hardware, context_tokens=mean_context)
-    engine = _engine(hardware, model, deployment)
+    engine = engine_of(hardware, model, deployment)
     return Compiled(engine, engine.compile(mean_context=mean_context, prompt_tokens=prompt), memory)
 
 
 @lru_cache(maxsize=512)
-def _engine(hardware: Hardware, model: Model, deployment: Deployment) -> Engine:
+def engine_of(hardware: Hardware, model: Model, deployment: Deployment) -> Engine:
+    """The engine of a deployment; kept."""
     return Engine(hardware, model, deployment)
 
 

@@ -16,13 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmoe.costs import collectives, exchange, offload, padding
-from simmoe.costs.operators import alltoall, experts, experts_deepgemm, tuned_tiles
+from simmoe.costs.operators import alltoall, experts, experts_deepgemm, nccl, tuned_tiles
 from simmoe.costs.operators.base import Features
 from simmoe.costs.overlap import LOW_LATENCY_HELD
 from simmoe.costs.precision import Precision
 from simmoe.costs.timing import KernelTimes
 from simmoe.routing.capacity import dropped_share, padded_load, slots_per_expert, waste_factor
-from simmoe.routing.expert_load import ExpertLoad
+from simmoe.routing.expert_load import ExpertLoad, with_shared
 from simmoe.routing.groups import nodes_per_token
 from simmoe.routing.layers import LayerKind, layer_kinds
 from simmoe.routing.popularity import cap_inclusion
@@ -50,6 +50,7 @@ class MoeLayers:
     model, deployment, times, precision : what runs where, and how kernels are timed.
     top_k, pool : experts per token after the cap, experts after pruning.
     inclusion : native inclusion of each expert, shape (pool,); overrides the deployment's popularity. [-]
+    shared_fused : whether the shared expert runs in the routed experts' kernel, as one more expert of every token.
 
     Attributes
     ----------
@@ -63,6 +64,7 @@ class MoeLayers:
     top_k: int
     pool: int
     inclusion: Array | None = None
+    shared_fused: bool = False
     sigma: dict[str, float] = field(default_factory=dict)
 
     @cached_property
@@ -204,17 +206,18 @@ class MoeLayers:
             return padding.loop_s(
                 self.times, load, self.model.hidden, self._inter, e.matrices, p, d.dispatch.launch_time
             )
+        shared = int(self.shared_fused)
         features = experts.features_of(
-            load,
+            with_shared(load) if shared else load,
             hidden=self.model.hidden,
             inter=self._inter,
-            top_k=kind.top_k,
-            num_experts=kind.slots,
+            top_k=kind.top_k + shared,
+            num_experts=kind.slots + shared,
             matrices=e.matrices,
             weight_bytes=p.weight_bytes,
             activation_bytes=p.activation_bytes,
             compute_bits=p.compute_bits,
-            dispatched=self.exchanges_tokens,
+            dispatched=self.exchanges_tokens and d.exchange.algorithm != "gather",
         )
         seconds, self.sigma["routed_experts"] = self._block(features, local)
         if d.dispatch.kind == "einsum":
@@ -260,6 +263,8 @@ class MoeLayers:
         d, hardware = self.deployment, self.times.hardware
         width = self._wire_bytes(phase)
         algorithm = d.exchange.algorithm
+        if algorithm == "gather":
+            return self._gathered(phase, per_rank)
         if hardware.fabric is not None and hardware.fabric.torus and not algorithm.startswith("flat"):
             algorithm = "flat"  # on a torus there is one way
         if algorithm in ("flat", "hierarchical", "two_dh", "coordinated"):
@@ -289,3 +294,19 @@ class MoeLayers:
             chosen.append(seconds)
         # low-latency buffers hold up to 128 tokens a rank in production (DeepEP's README)
         return np.where(self._low_latency(per_rank), *chosen)
+
+    def _gathered(self, phase: str, per_rank: Array) -> Array:
+        """All-gather of every rank's tokens, or reduce-scatter of what they became, in 16 bits. [s]"""
+        ranks, hardware = self._ranks, self.times.hardware
+        message = per_rank * ranks * self.model.hidden * 2.0
+        if self.nodes > 1:
+            self.sigma[phase] = 0.5
+            inside = min(ranks, hardware.devices_per_node)
+            link = hardware.scale_out or hardware.scale_up
+            return collectives.ring_all_gather_s(message, inside, hardware.scale_up) + collectives.ring_all_gather_s(
+                message, self.nodes, link
+            )
+        operation = "all_gather" if phase == "dispatch" else "reduce_scatter"
+        features = nccl.features_of(operation, message, ranks)
+        seconds, self.sigma[phase] = self.times.seconds(nccl.OPERATOR, features, operation=operation)
+        return seconds

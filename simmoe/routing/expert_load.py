@@ -50,6 +50,19 @@ class ExpertLoad:
     local_experts: int
 
 
+def with_shared(load: ExpertLoad) -> ExpertLoad:
+    """The load with one more expert on the rank that every token picks."""
+    blocks = {tile: count + np.ceil(load.tokens / tile) for tile, count in load.row_blocks.items()}
+    return ExpertLoad(
+        tokens=load.tokens,
+        routed_pairs=load.routed_pairs + load.tokens,
+        active_experts=load.active_experts + np.minimum(load.tokens, 1.0),
+        busiest_expert_tokens=np.maximum(load.busiest_expert_tokens, load.tokens),
+        row_blocks=blocks,
+        local_experts=load.local_experts + 1,
+    )
+
+
 #: Experts told apart when popularity differs; beyond it the less popular ones are pooled with their neighbours.
 _CLASSES = 48
 
