@@ -90,7 +90,7 @@ def limits(
     if engine == "sglang" and dp > 1:  # its limits are of all attention ranks together
         for name in ("max_num_batched_tokens", "max_num_seqs"):
             values[name] = max(values[name] // dp, 1)
-    return values
+    return values | {"max_num_seqs": min(values["max_num_seqs"], values["max_num_batched_tokens"])}
 
 
 def _vllm(version: str, device: Device, model: Model, *, offline: bool, chunked: bool) -> dict[str, float]:
