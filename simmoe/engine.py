@@ -66,7 +66,7 @@ class Engine:
         self.inclusion = inclusion
         self.precision: Precision = precision_of(model, deployment)
         self.top_k, self.num_experts = _active(model, deployment)
-        self.sigma: dict[str, float] = {}
+        self.sigma: dict[str, float | Array] = {}  # of the steps timed last
         self._given = parameters
         self._width = deployment.rows_per_decode
 
@@ -197,6 +197,7 @@ class Engine:
     def _gemms(self, shapes: list[tuple[str, int, float, float, bool]], tokens: Array) -> dict[str, Array]:
         """All dense products of a layer stack in one vectorised call per precision."""
         parts: dict[str, Array] = {}
+        spreads: dict[str, Array] = {}
         for quantised in (True, False):
             chosen = [shape for shape in shapes if shape[4] == quantised]
             if not chosen:
@@ -214,9 +215,11 @@ class Engine:
                 quantise=float(p.quantises),
             )
             seconds, sigma = self.times.seconds(gemm.OPERATOR, features, dtype=p.dtype)
-            for (part, count, _, _, _), row in zip(chosen, seconds.reshape(len(chosen), -1), strict=True):
+            rows = zip(chosen, seconds.reshape(len(chosen), -1), sigma.reshape(len(chosen), -1), strict=True)
+            for (part, count, _, _, _), row, spread_of_row in rows:
                 parts[part] = parts.get(part, np.zeros_like(row)) + count * row
-                self.sigma[part] = sigma
+                spreads[part] = np.maximum(spreads.get(part, 0.0), spread_of_row)
+        self.sigma |= spreads
         return parts
 
     @property
@@ -280,7 +283,8 @@ class Engine:
             local, m.vocab / d.tp_size, m.hidden, weight_bytes=p.weight_bytes, activation_bytes=p.activation_bytes,
             compute_bits=p.compute_bits,
         )  # fmt: skip
-        seconds, self.sigma["head"] = self.times.seconds(gemm.OPERATOR, features, dtype=p.dtype)
+        seconds, sigma = self.times.seconds(gemm.OPERATOR, features, dtype=p.dtype)
+        self.sigma["head"] = float(sigma[0])  # grows with the vocabulary's shape, which all rows share
         seconds = seconds * self.parameters.kernel_slowdown + self._nucleus(local)
         if is_host(self.hardware):
             glue = host_glue.step_features(local, m.vocab / d.tp_size)
@@ -383,7 +387,7 @@ class Engine:
         timed["draft"] = np.array([self._drafting(batch, rows)])
         parts = {name: float(value[0]) for name, value in timed.items()}
         named = {f"{name}_s": value for name, value in parts.items()}
-        return StepBreakdown(**named, log_sigma=spread(parts, self.sigma))
+        return StepBreakdown(**named, log_sigma=spread(parts, {name: np.max(s) for name, s in self.sigma.items()}))
 
     def _attention(self, batch: Batch) -> float:
         attention = 0.0

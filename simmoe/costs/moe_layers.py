@@ -65,7 +65,7 @@ class MoeLayers:
     pool: int
     inclusion: Array | None = None
     shared_fused: bool = False
-    sigma: dict[str, float] = field(default_factory=dict)
+    sigma: dict[str, float | Array] = field(default_factory=dict)
 
     @cached_property
     def experts(self) -> Experts:
@@ -225,7 +225,7 @@ class MoeLayers:
             seconds = seconds + padding.einsum_s(self.times, local, slots, self.model.hidden)
         return seconds
 
-    def _block(self, features: Features, local: Array) -> tuple[Array, float]:
+    def _block(self, features: Features, local: Array) -> tuple[Array, Array]:
         d, p = self.deployment, self.precision.experts
         wide = d.exchange.algorithm.startswith("deepep") or (d.exchange.algorithm == "auto" and self.nodes > 1)
         if self.exchanges_tokens and wide and d.engine == "sglang" and p.dtype == "fp8_block":
@@ -235,7 +235,8 @@ class MoeLayers:
                 for phase in ("generation", "context")
             }
             quick = self._low_latency(np.maximum(local / d.tp_size, 1.0))
-            return np.where(quick, timed["generation"][0], timed["context"][0]), max(s for _, s in timed.values())
+            few, many = timed["generation"], timed["context"]
+            return np.where(quick, few[0], many[0]), np.where(quick, few[1], many[1])
         source = experts.preferred_kernel(d.engine, p.dtype, expert_parallel=d.ep > 1)
         asked = {"dtype": p.dtype, "kernel_source": source} if source else {"dtype": p.dtype}
         fit = self.times.choose(experts.MOE, asked)
@@ -288,12 +289,13 @@ class MoeLayers:
                 bytes_per_element=width,
                 node_share=self._node_share(kind),
             )
-            seconds, self.sigma[phase] = self.times.seconds(
-                alltoall.OPERATOR, features, framework=framework, kernel=name, phase=phase
+            chosen.append(
+                self.times.seconds(alltoall.OPERATOR, features, framework=framework, kernel=name, phase=phase)
             )
-            chosen.append(seconds)
         # low-latency buffers hold up to 128 tokens a rank in production (DeepEP's README)
-        return np.where(self._low_latency(per_rank), *chosen)
+        quick = self._low_latency(per_rank)
+        self.sigma[phase] = np.where(quick, *(sigma for _, sigma in chosen))
+        return np.where(quick, *(seconds for seconds, _ in chosen))
 
     def _gathered(self, phase: str, per_rank: Array) -> Array:
         """All-gather of every rank's tokens, or reduce-scatter of what they became, in 16 bits. [s]"""

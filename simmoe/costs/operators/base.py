@@ -23,7 +23,11 @@ Parameters = Mapping[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """One fitted number: its unit, its documented default (the uncalibrated prediction) and its bounds."""
+    """One fitted number: its unit, its documented default (the uncalibrated prediction) and its bounds.
+
+    ``of_peak``: a share of the matrix units' peak, which does not carry over to a device with another (see
+    `simmoe.costs.borrowing`).
+    """
 
     name: str
     unit: str
@@ -31,6 +35,7 @@ class Parameter:
     lower: float
     upper: float
     meaning: str
+    of_peak: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
