@@ -50,7 +50,7 @@ def plan(
     precision: Annotated[str | None, typer.Option(help="Weights: bfloat16, fp8, fp8_block, int8, int4 ...")] = None,
     requests: Annotated[int, typer.Option(min=100, help="Requests measured in each simulated run.")] = 3000,
     seed: Annotated[int, typer.Option(help="Seed of arrivals, lengths and routing.")] = 0,
-    split: Annotated[bool, typer.Option(help="Also try prefill and decode on replicas of their own.")] = True,
+    split: Annotated[bool, typer.Option(help="Prefill and decode on replicas of their own compete too.")] = True,
     processes: ProcessesOption = None,
     ray: RayOption = None,
     json: JsonOption = False,
@@ -66,12 +66,13 @@ def plan(
     Exit status 1 if nothing that may be bought holds the objective.
     """
     from simmoe import plan_report  # noqa: PLC0415
-    from simmoe.planning import disaggregated, search  # noqa: PLC0415
+    from simmoe.planning import search  # noqa: PLC0415
     from simmoe.planning.objective import limits_from  # noqa: PLC0415
     from simmoe.planning.offers import offers_from  # noqa: PLC0415
+    from simmoe.planning.question import Question  # noqa: PLC0415
     from simmoe.specs import flags, load  # noqa: PLC0415
 
-    question = search.Question(
+    question = Question(
         models=tuple(load.load_model(name) for name in model.split(",")),
         offers=offers_from(hardware, price or ()),
         workload=_workload(rate, input_tokens, output_tokens, cv),
@@ -92,18 +93,17 @@ def plan(
         most_devices=max_gpus,
         budget_usd_per_hour=budget,
         replica_devices=replica_gpus,
+        split=split,
         seed=seed,
         requests=requests,
     )
     with _status() as tell:
         found = search.plan(question, processes=processes, ray=ray, progress=tell)
-        tell("simulating prefill and decode apart")
-        apart = disaggregated.split(question, found.layouts) if split else None
     if json:
-        _json(plan_report.plan_json(found, apart))
-    elif found.answer is not None or apart is not None:
-        show(plan_report.plan_table(found, apart))
-    if found.answer is None and apart is None:
+        _json(plan_report.plan_json(found))
+    elif found.answer is not None:
+        show(plan_report.plan_table(found))
+    if found.answer is None:
         raise CapacityError(plan_report.no_answer(found))
 
 

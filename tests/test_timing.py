@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from simmoe.costs.borrowing import BORROWED_LOG_SIGMA, DEFAULT_LOG_SIGMA
+from simmoe.costs.borrowing import ACROSS, BORROWED_LOG_SIGMA, DEFAULT_LOG_SIGMA
 from simmoe.costs.calibration import Calibration, FittedParameter, OperatorFit
 from simmoe.costs.operators import gemm
 from simmoe.costs.timing import KernelTimes, kernel_times
@@ -65,7 +65,7 @@ def test_an_operator_not_measured_here_is_borrowed_with_a_wider_spread():
     own = fit(operator="moe")
     borrowed = times(own, neighbour=calibration(fit(sigma=0.07), device="its neighbour"))
     _, sigma = ask(borrowed)
-    assert sigma == pytest.approx(np.hypot(0.07, BORROWED_LOG_SIGMA[False]))
+    assert sigma == pytest.approx(np.hypot(0.07, BORROWED_LOG_SIGMA[ACROSS]))
     assert sigma > 0.1
     assert "gemm: not measured on this device; efficiencies of its neighbour" in borrowed.notes
     assert ask(times(fit(sigma=0.07)))[1] == 0.07

@@ -22,14 +22,23 @@ from simmoe.costs.operators.base import Array, Features, Operator
 from simmoe.specs.hardware import Hardware
 from simmoe.specs.load import hardware_names, load_hardware
 
-#: Spread of ln(measured / predicted) that borrowing adds within an architecture, and across: the width with which the
-#: 90 % interval contains 90 % of the rows of the other device, over all fits that two devices have in common.
-BORROWED_LOG_SIGMA = {True: 0.10, False: 0.35}
+#: How far apart two devices are; for kernels that work their matrix units through, and for the rest (decode attention,
+#: exchanges), which were written anew from one architecture to the next or hang on links.
+ALIKE, UNLIKE = "same architecture, like SMs", "same architecture, other SMs"
+ACROSS, ACROSS_REST = "other architecture, products and prefill", "other architecture, decode and exchange"
+#: Spread of ln(measured / predicted) that borrowing adds: the width with which the 90 % interval contains 90 % of the
+#: rows of the other device, over all fits that two devices have in common.
+BORROWED_LOG_SIGMA = {ALIKE: 0.08, UNLIKE: 0.24, ACROSS: 0.37, ACROSS_REST: 1.5}
+#: Multiprocessors whose peaks differ by less are taken for alike: a PCIe card's clock. [-]
+_LIKE = 1.2
+_PRODUCTS = frozenset(
+    {"gemm", "mla_bmm", "moe", "moe_wideep", "moe_grouped_gemm", "mlp", "mla_prefill", "attention_prefill"}
+)
 #: The same for an operator nobody measured here: documented default parameters.
 DEFAULT_LOG_SIGMA = 0.5
 #: Spread that extrapolation adds per factor e beyond the nearest end of what was measured, for the feature farthest
 #: out: as above, over fits without the ends of their ranges.
-EXTRAPOLATED_LOG_SIGMA = 0.10
+EXTRAPOLATED_LOG_SIGMA = 0.07
 
 
 def carried_over(operator: Operator, fit: OperatorFit, of: Hardware | None, to: Hardware) -> dict[str, float]:
@@ -50,9 +59,17 @@ def carried_over(operator: Operator, fit: OperatorFit, of: Hardware | None, to: 
     return values
 
 
-def borrowed_log_sigma(of: Hardware | None, to: Hardware) -> float:
+def kinship(operator: str, of: Hardware | None, to: Hardware) -> str:
+    """How far apart the device measured (None: not known) and the one predicted for are, for an operator."""
+    if of is None or of.device.architecture != to.device.architecture:
+        return ACROSS if operator in _PRODUCTS else ACROSS_REST
+    peaks = [_multiprocessor_peak(one) for one in (of, to)]
+    return ALIKE if max(peaks) < _LIKE * min(peaks) else UNLIKE
+
+
+def borrowed_log_sigma(operator: str, of: Hardware | None, to: Hardware) -> float:
     """Spread that borrowing adds. [-]"""
-    return BORROWED_LOG_SIGMA[of is not None and of.device.architecture == to.device.architecture]
+    return BORROWED_LOG_SIGMA[kinship(operator, of, to)]
 
 
 def beyond(fit: OperatorFit, features: Features) -> Array:

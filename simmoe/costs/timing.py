@@ -105,7 +105,7 @@ class KernelTimes:
         """Spread of a fit's predictions on this device, inside the range measured. [-]"""
         if fit not in self._measured_on:
             return fit.log_sigma
-        added = borrowing.borrowed_log_sigma(self._measured_on[fit], self.hardware)
+        added = borrowing.borrowed_log_sigma(fit.operator, self._measured_on[fit], self.hardware)
         return float(np.hypot(fit.log_sigma, added))
 
     def choose(self, operator: Operator, variant: Mapping[str, str]) -> OperatorFit | None:
