@@ -98,7 +98,7 @@ def experiments(paths: Sequence[Path], *, done: Callable[[str], None] | None = N
 
 
 def added_log_sigma(found: Sequence[Beyond]) -> float:
-    """Spread per unit of distance that makes 90 % intervals contain 90 % of the rows, every fit counting the same. [-]"""
+    """Spread per unit of distance that makes 90 % intervals contain 90 % of the rows, fits counting the same. [-]"""
 
     def inside(added: float) -> float:
         shares = [

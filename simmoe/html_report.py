@@ -80,16 +80,6 @@ def _plan_page(data: Mapping[str, Any]) -> tuple[str, Figures]:
     else:
         page.parts.append(_recommendation(answer, promise))
         _options(page, data)
-    if (apart := data.get("disaggregated")) is not None:
-        page.heading("Prefill and decode apart")
-        verdict = "cheaper than" if apart["cheaper_than_co_located"] else "no cheaper than"
-        sides = " and ".join(
-            f"{apart[f'{side}_replicas']} {side} replicas of {_sizes(apart[side])}" for side in ("prefill", "decode")
-        )
-        page.text(
-            f"{apart['devices']} x {apart['hardware']}: {sides}, {_usd(apart['usd_per_hour'])} USD/h, {verdict} "
-            f"co-located; holds the objective with {apart['probability_at_least']:.0%} or more, as simulated."
-        )
     page.heading("What would change the answer")
     changes = [[c["change"], c["answer"], _usd(c["usd_per_hour"])] for c in data["what_would_change_it"]]
     page.table(("change", "then", "USD/h"), changes)
@@ -104,34 +94,58 @@ def _plan_page(data: Mapping[str, Any]) -> tuple[str, Figures]:
         f"layouts that cannot serve: {len(data['layouts_that_cannot_serve'])}",
     ]
     if answer is not None:
-        workload, hardware, model = (
-            _workload(q["workload"]),
-            load.load_hardware(answer["hardware"]),
-            load.load_model(answer["model"]),
-        )
-        replica = _deployment(answer["replica"])
-        page.heading("Latency and confidence against load")
-        grid = screen(hardware, model, replica, workload, limits)
-        page.figure(
-            "latency",
-            _LATENCY_CAPTION,
-            lambda path: html_figures.latency(grid, answer["replicas"], q["requests_per_s"], limits, path),
-        )
-        each = workload.vary(rate=q["requests_per_s"] / answer["replicas"])
-        deployment_sections(page, hardware, model, replica, each)
-        page.heading("Start it")
-        page.code("\n\n".join(answer["launch"].values()))
-        asked += [f"coverage: {note}" for note in answer["notes"]]
-        asked += sources(hardware, model)
+        asked += _answer_sections(page, q, answer, limits)
     page.heading("Assumptions and sources")
     page.items(asked)
     page.code(json.dumps(data["provenance"], indent=1))
     return page.render(), page.figures
 
 
+def _answer_sections(
+    page: Page, q: Mapping[str, Any], answer: Mapping[str, Any], limits: tuple[Limit, ...]
+) -> list[str]:
+    """Figures of the layout that decodes, how to start every side; returns sources and coverage."""
+    workload, hardware, model = (
+        _workload(q["workload"]),
+        load.load_hardware(answer["hardware"]),
+        load.load_model(answer["model"]),
+    )
+    side = answer["sides"][-1]
+    replica = _deployment(side["replica"])
+    if len(answer["sides"]) == 1:
+        page.heading("Latency and confidence against load")
+        grid = screen(hardware, model, replica, workload, limits)
+        page.figure(
+            "latency",
+            _LATENCY_CAPTION,
+            lambda path: html_figures.latency(grid, side["replicas"], q["requests_per_s"], limits, path),
+        )
+    else:
+        page.text(
+            "The figures below are of one decode replica; its share of the load decodes there, prompts are computed on "
+            "the prefill replicas, and the KV cache travels between them. Latencies are the simulated ones above."
+        )
+    each = workload.vary(rate=q["requests_per_s"] / side["replicas"])
+    deployment_sections(page, hardware, model, replica, each)
+    page.heading("Start it")
+    for one in answer["sides"]:
+        role = "" if one["role"] == "serve" else f"{one['role']} "
+        page.text(f"Each of {one['replicas'] + answer['spare_replicas']} {role}replicas, with one of:")
+        page.code("\n\n".join(one["launch"].values()))
+    return [*(f"coverage: {note}" for note in answer["notes"]), *sources(hardware, model)]
+
+
+def _sides(option: Mapping[str, Any]) -> str:
+    """Replicas and sizes of every side, in words."""
+    spare = f" + {option['spare_replicas']} spare" if option["spare_replicas"] else ""
+    return ", ".join(
+        f"{side['replicas']}{spare}{'' if side['role'] == 'serve' else ' ' + side['role']} x ({_sizes(side['replica'])})"
+        for side in option["sides"]
+    )
+
+
 def _recommendation(answer: Mapping[str, Any], promise: str) -> str:
     e, c = html.escape, answer["simulated"]
-    spare = f" + {answer['spare_replicas']} spare" if answer["spare_replicas"] else ""
     parts = ", ".join(
         f"{name.replace('_', ' ')} {units.text(s, 's')}" for name, s in answer["largest_step_parts_s"].items()
     )
@@ -143,7 +157,7 @@ def _recommendation(answer: Mapping[str, Any], promise: str) -> str:
     )
     slower = f"every step may be {100 * answer['headroom']:.0f} % slower before it breaks"
     lines = [
-        f"{bought}: {answer['replicas']}{spare} replicas of {_sizes(answer['replica'])}",
+        f"{bought}: {e(_sides(answer))}",
         f"<strong>{answer['usd_per_hour']:,.2f} USD/h</strong>, {dear}",
         f"holds {e(promise)} with probability {sure}; {slower}",
         f"bottleneck: {e(answer['bottleneck'])}; load is {answer['utilisation']:.0%} of what it carries",
@@ -167,7 +181,7 @@ def _options(page: Page, data: Mapping[str, Any]) -> None:
             rows.append(
                 [
                     kind,
-                    f"{o['devices']} x {o['hardware']}, {o['replicas']} x ({_sizes(o['replica'])})",
+                    f"{o['devices']} x {o['hardware']}: {_sides(o)}",
                     _usd(o["usd_per_hour"]),
                     chance(o["probability"]),
                     f"{100 * o['headroom']:+.0f} %",

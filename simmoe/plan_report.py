@@ -12,6 +12,7 @@ from rich.text import Text
 from simmoe import units
 from simmoe.planning import launch, whatif
 from simmoe.planning.option import Option, Side
+from simmoe.planning.screen import ENGINE_LOG_SIGMA
 from simmoe.planning.search import Plan
 from simmoe.provenance import stamp
 from simmoe.report import metrics_json
@@ -261,6 +262,8 @@ def _sure(plan: Plan) -> Text:
     notes = "".join(f"\n  - {note}" for note in _notes(plan.answer))
     return Text(
         f"How sure: step times are taken to be off by a common lognormal factor with spread "
-        f"{100 * plan.answer.log_sigma:.0f} %, from residuals of the kernel fits. Not in it: routing that is not "
-        f"uniform, failures, an engine unlike the one assumed, prices.{notes}"
+        f"{100 * plan.answer.log_sigma:.0f} %: residuals of the kernel fits on unseen shapes, wider where efficiencies "
+        f"are borrowed or a shape lies outside what was measured (`simmoe calibrate --beyond`), and "
+        f"{100 * ENGINE_LOG_SIGMA[plan.answer.layout.replica.engine]:.0f} % for the engine around them. Not in it: "
+        f"routing that is not uniform, failures, an engine unlike the one assumed, prices.{notes}"
     )
