@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from simmoe.beyond_fit import OUTSIDE, STATED, Beyond, added_log_sigma
 from simmoe.costs.calibration import Calibration
 from simmoe.kernel_calibration import warnings
 
@@ -76,4 +78,64 @@ def to_json(calibrations: Mapping[str, Calibration], left_out: Sequence[str]) ->
             for device, calibration in calibrations.items()
         },
         "left_out": list(left_out),
+    }
+
+
+def beyond_table(found: Sequence[Beyond]) -> RenderableType:
+    """What borrowing and extrapolating add to the spread, summed up, by operator, beside the constants in use."""
+    parts: list[RenderableType] = [
+        Text(
+            "Spread of ln(measured / predicted) added to a fit's own where it answers for another device, or per "
+            "factor e\noutside the range it was made on: the width with which 90 % intervals contain 90 % of rows.\n"
+        )
+    ]
+    lines = Table(show_edge=False, pad_edge=False)
+    lines.add_column("case")
+    lines.add_column("operator")
+    for name in ("fits", "mean error %\n(median fit)", "added spread\nmeasured", "in use"):
+        lines.add_column(name, justify="right")
+    for kind, stated in STATED.items():
+        of_kind = [one for one in found if one.kind == kind]
+        if not of_kind:
+            continue
+        lines.add_row(kind, "all", *_beyond_cells(of_kind), f"{stated:.2f}")
+        for operator in sorted({one.operator for one in of_kind}):
+            lines.add_row("", operator, *_beyond_cells([one for one in of_kind if one.operator == operator]), "")
+    parts.append(lines)
+    return Group(*parts)
+
+
+def _beyond_cells(found: Sequence[Beyond]) -> tuple[str, str, str]:
+    error = float(np.median([one.mean_error_percent for one in found]))
+    return str(len(found)), f"{error:.1f}", f"{added_log_sigma(found):.2f}"
+
+
+def beyond_json(found: Sequence[Beyond]) -> dict[str, Any]:
+    """The same as plain data, and every experiment."""
+    return {
+        "kinds": {
+            kind: {
+                "fits": len(of_kind),
+                "added_log_sigma": added_log_sigma(of_kind),
+                "added_log_sigma_in_use": stated,
+                "per": "factor e" if kind == OUTSIDE else "device",
+            }
+            for kind, stated in STATED.items()
+            if (of_kind := [one for one in found if one.kind == kind])
+        },
+        "experiments": [
+            {
+                "operator": one.operator,
+                "variant": one.variant,
+                "device": one.device,
+                "case": one.case,
+                "kind": one.kind,
+                "rows": len(one.log_ratio),
+                "median_log_ratio": float(np.median(one.log_ratio)),
+                "mean_error_percent": one.mean_error_percent,
+                "own_log_sigma": one.log_sigma,
+                "added_log_sigma": added_log_sigma([one]),
+            }
+            for one in found
+        ],
     }

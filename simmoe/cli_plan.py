@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import json as json_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from simmoe.console import show
+from simmoe.console import show, show_json
 from simmoe.errors import CapacityError, SpecError
-
-
-def _json(data: Any) -> None:
-    typer.echo(json_module.dumps(data, indent=2, default=str))
-
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
 RayOption = Annotated[
@@ -100,7 +94,7 @@ def plan(
     with _status() as tell:
         found = search.plan(question, processes=processes, ray=ray, progress=tell)
     if json:
-        _json(plan_report.plan_json(found))
+        show_json(plan_report.plan_json(found))
     elif found.answer is not None:
         show(plan_report.plan_table(found))
     if found.answer is None:
@@ -176,7 +170,7 @@ def frontier(
     if plot is not None:
         frontier_report.plot(found, plot, benchmark)
     if json:
-        _json(frontier_report.frontier_json(found, beside))
+        show_json(frontier_report.frontier_json(found, beside))
     else:
         show(frontier_report.frontier_table(found, beside))
 
@@ -209,7 +203,7 @@ def sweep(
             read, out=out, processes=processes, ray=ray, progress=lambda done, _: bar.update(task, completed=done)
         )
     if json:
-        _json(rows)
+        show_json(rows)
     else:
         typer.echo(f"{out}: {len(rows)} points, " + ", ".join(f"{n} {status}" for status, n in sweeps.counts(rows)))
 
@@ -245,7 +239,7 @@ def scaling(
         budget, counts, sold, _workload(1.0, input_tokens, output_tokens, 0.0), reference=reference
     )
     if json:
-        _json(training_report.training_json(budget, base, choices, sold))
+        show_json(training_report.training_json(budget, base, choices, sold))
     else:
         show(training_report.training_table(budget, base, choices, sold, reference))
 
@@ -280,7 +274,7 @@ def schema(
     """
     from simmoe.schema import schema_of  # noqa: PLC0415
 
-    _json(schema_of(kind))
+    show_json(schema_of(kind))
 
 
 def _bar() -> Any:

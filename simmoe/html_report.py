@@ -122,8 +122,8 @@ def _answer_sections(
         )
     else:
         page.text(
-            "The figures below are of one decode replica; its share of the load decodes there, prompts are computed on "
-            "the prefill replicas, and the KV cache travels between them. Latencies are the simulated ones above."
+            "The figures below show one replica of the decode layout serving whole requests, prompts included: its "
+            "steps, its memory, what caps gain. Latencies of both sides together are the simulated ones above."
         )
     each = workload.vary(rate=q["requests_per_s"] / side["replicas"])
     deployment_sections(page, hardware, model, replica, each)
@@ -138,10 +138,11 @@ def _answer_sections(
 def _sides(option: Mapping[str, Any]) -> str:
     """Replicas and sizes of every side, in words."""
     spare = f" + {option['spare_replicas']} spare" if option["spare_replicas"] else ""
-    return ", ".join(
-        f"{side['replicas']}{spare}{'' if side['role'] == 'serve' else ' ' + side['role']} x ({_sizes(side['replica'])})"
-        for side in option["sides"]
-    )
+    said = []
+    for side in option["sides"]:
+        role = "" if side["role"] == "serve" else f" {side['role']}"
+        said.append(f"{side['replicas']}{spare}{role} x ({_sizes(side['replica'])})")
+    return ", ".join(said)
 
 
 def _recommendation(answer: Mapping[str, Any], promise: str) -> str:

@@ -98,9 +98,9 @@ class Option:
         return self.usd_per_hour / 3600 / (self.rate * output_tokens) * 1e6
 
     @property
-    def rank(self) -> tuple[float, int, float]:
-        """Price first; of equal prices the fewer devices, then the surer."""
-        return (self.usd_per_hour, self.devices, -self.probability)
+    def rank(self) -> tuple[float, int, bool, float]:
+        """Price first; of equal prices the fewer devices, then the simpler service, then the surer."""
+        return (self.usd_per_hour, self.devices, self.split, -self.probability)
 
     @property
     def name(self) -> str:

@@ -159,7 +159,7 @@ def _grown(option: Option, question: Question) -> Option | None:
     return disaggregated.grown(option, question) if option.split else co_located.grown(option, question)
 
 
-def _runner_ups(answer: Option, heap: list[tuple[float, int, float, int, Option]]) -> list[Option]:
+def _runner_ups(answer: Option, heap: list[tuple[float, int, bool, float, int, Option]]) -> list[Option]:
     """The next best: first one of every other offer and of the other kind of service, then the cheapest of the rest."""
     waiting = [entry[-1] for entry in sorted(heap, key=lambda entry: entry[:-1])]
     chosen: list[Option] = []
