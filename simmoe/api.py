@@ -1,8 +1,8 @@
 """simmoe from a script: load, vary, predict, simulate, sweep, plan, weigh, plot. `import simmoe.api as sm`.
 
 The names below are what scripts are written against; the modules they come from may move. Everything takes and returns
-frozen, typed objects in SI units (`vary` makes a changed, checked copy) and raises a `SimmoeError` whose text names what
-is wrong. docs/ has three worked scripts, which run as tests.
+frozen, typed objects in SI units (`vary` makes a changed, checked copy) and raises a `SimmoeError` whose text says
+what is wrong. docs/ has three worked scripts, which run as tests.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ __all__ = [
     "CapacityError", "Change", "Deployment", "Frontier", "Grid", "Hardware", "Lengths", "Limit", "Model", "Offer",
     "Option", "Plan", "Prediction", "Question", "SaturationError", "Scenario", "ServingMetrics", "SimmoeError",
     "Simulated", "SpecError", "Workload", "changes", "frame", "frontier", "hardware_names", "limits_from",
-    "load_hardware", "load_model", "model_names", "offers_from", "plan", "plot_frontier", "plot_throughput", "policies", "predict",
-    "predict_caps", "quality", "question", "run_scenario", "simulate", "sweep",
+    "load_hardware", "load_model", "model_names", "offers_from", "plan", "plot_frontier", "plot_throughput",
+    "policies", "predict", "predict_caps", "quality", "question", "run_scenario", "simulate", "sweep",
 ]  # fmt: skip
 
 
