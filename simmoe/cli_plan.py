@@ -120,6 +120,7 @@ def frontier(
         str | None, typer.Option(help="Benchmark on the plot's axis. [default: the first known]")
     ] = None,
     engine: Annotated[str | None, typer.Option(help="vllm, sglang, trtllm or generic.")] = None,
+    engine_version: Annotated[str | None, typer.Option(help="Its version, e.g. 0.4.4.post1.")] = None,
     precision: Annotated[str | None, typer.Option(help="Weights: bfloat16, fp8, fp8_block, int8, int4 ...")] = None,
     measured: Annotated[Path | None, typer.Option(help="Table of measured runs to show gains beside.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw speed against quality to this file.")] = None,
@@ -134,6 +135,8 @@ def frontier(
     `simmoe frontier h200 --model deepseek-v3 --gpus 8 --concurrency 16,64,128 --json`
 
     `simmoe frontier h100 --model qwen3-30b-a3b --caps 8,6,5,4,3 --refill`
+
+    Beside measured runs: docs/frontiers.md.
     """
     from simmoe import frontier_report  # noqa: PLC0415
     from simmoe.planning import frontier as frontiers  # noqa: PLC0415
@@ -155,7 +158,16 @@ def frontier(
     found = frontiers.frontier(
         described,
         shapes,
-        flags.deployment_from(None, gpus=gpus, tp=tp, ep=ep, dp=dp, engine=engine, weight_precision=precision),
+        flags.deployment_from(
+            None,
+            gpus=gpus,
+            tp=tp,
+            ep=ep,
+            dp=dp,
+            engine=engine,
+            engine_version=engine_version,
+            weight_precision=precision,
+        ),
         workload,
         frontiers.policies(
             shapes,
@@ -168,7 +180,7 @@ def frontier(
     )
     beside = frontier_report.read_measured(measured, found) if measured else None
     if plot is not None:
-        frontier_report.plot(found, plot, benchmark)
+        frontier_report.plot(found, plot, benchmark, beside)
     if json:
         show_json(frontier_report.frontier_json(found, beside))
     else:
