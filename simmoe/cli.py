@@ -127,7 +127,9 @@ def predict(
     traffic = flags.workload_from(
         workload, rate=rate, concurrency=concurrency, input_tokens=input_tokens, output_tokens=output_tokens
     )
-    caps = predicting.with_native(_caps(active_experts) or predicting.default_caps(shapes), shapes, layout)
+    caps = predicting.with_native(
+        _caps(active_experts) or predicting.default_caps(shapes, layout.total_experts), shapes, layout
+    )
     predictions = predicting.predict_caps(described, shapes, layout, traffic, caps)
     if plot is not None:
         from simmoe import plots  # noqa: PLC0415

@@ -189,11 +189,11 @@ def predict_caps(
     return results
 
 
-def default_caps(model: Model) -> tuple[int, ...]:
-    """The native top-k and about three quarters, a half and a quarter of it."""
+def default_caps(model: Model, pool: int | None = None) -> tuple[int, ...]:
+    """The native top-k, or all of a smaller ``pool``, and about three quarters, a half and a quarter of it."""
     if model.experts is None:
         return (0,)
-    k = model.experts.top_k
+    k = min(model.experts.top_k, pool or model.experts.top_k)
     return tuple(sorted({k, max(1, int(0.75 * k)), max(1, k // 2), max(1, round(k / 4))}, reverse=True))
 
 
