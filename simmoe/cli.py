@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from simmoe import __version__, cli_measure, cli_plan, cli_profile, cli_simulate
+from simmoe import __version__, cli_measure, cli_plan, cli_profile, cli_simulate, cli_weigh
 from simmoe.console import show, show_json
 from simmoe.errors import SimmoeError, SpecError
 
@@ -193,5 +193,6 @@ def list_command(
 # mounted last, so that --help lists prediction first
 cli_simulate.mount(app)
 cli_plan.mount(app)
+cli_weigh.mount(app)
 app.command()(cli_profile.profile)
 cli_measure.mount(app)
