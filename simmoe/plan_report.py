@@ -43,6 +43,14 @@ def no_answer(plan: Plan) -> str:
     if q.budget_usd_per_hour is not None:
         limits += f" and {q.budget_usd_per_hour:g} USD/h"
     text = f"No candidate carries {q.rate:g} requests/s with {promise} at {q.confidence:.0%} confidence ({limits})."
+    if plan.closest is None and plan.layouts:
+        least = min(plan.layouts, key=lambda layout: layout.replica.devices_per_replica)
+        devices = least.replica.devices_per_replica * (1 + q.spares)
+        return (
+            f"{text} The smallest replica that holds {least.model.name} is {devices} x {least.offer.name}"
+            f"{' with its spares' if q.spares else ''}, more than may be bought "
+            f"({', '.join(f'{q.affordable(offer)} x {offer.name}' for offer in q.offers)})."
+        )
     if plan.closest is None:
         reasons = "; ".join(f"{what}: {why}" for what, why in plan.refused[:2])
         return f"{text} None could be tried: {reasons or 'not one replica is affordable'}."

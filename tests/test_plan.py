@@ -192,6 +192,16 @@ def test_no_answer_is_said_and_the_nearest_is_marked_as_failing():
     assert data["answer"] is None and data["closest"]["holds_objective"] is False
 
 
+def test_too_few_devices_for_one_replica_are_said():
+    scarce = plan(
+        replace(question(offers=(offer(H100, 3.0, name="h100", available=8),)), models=(V3,), replica_devices=16)
+    )
+    assert scarce.answer is None
+    assert "smallest replica that holds DeepSeek-V3 is 16 x h100, more than may be bought (8 x h100)" in (
+        plan_report.no_answer(scarce)
+    )
+
+
 # ---- simulation -----------------------------------------------------------------------------------------------------
 
 
