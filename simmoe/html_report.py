@@ -19,8 +19,9 @@ from simmoe.errors import MeasurementError, SpecError
 from simmoe.html_page import Figures, Page
 from simmoe.html_sections import deployment_sections, sources, traffic
 from simmoe.plan_report import chance
+from simmoe.planning.confirm import Trial, simulated_grid
 from simmoe.planning.objective import Limit
-from simmoe.planning.screen import screen
+from simmoe.planning.screen import LoadGrid, screen
 from simmoe.specs import load
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.workload import Workload
@@ -30,6 +31,12 @@ _LATENCY_CAPTION = (
     "dotted: limits; dashed: the load asked for. Screened analytically: where it differs from the simulated figures, "
     "believe the simulation, which sees queues and unlike ranks."
 )
+_SIMULATED_CAPTION = (
+    "99th percentiles against the load of both sides together, a short simulated run a point, with the band that the "
+    "uncertainty of step times makes (90 %); dotted: limits; dashed: the load asked for."
+)
+#: Loads of the simulated figure, as shares of the one asked for, and requests of each of its runs.
+_SHARES, _FIGURE_REQUESTS = (0.1, 0.4, 0.7, 1.0, 1.2, 1.4, 1.6, 1.8, 2.1, 2.5), 500
 
 
 def write(result: Path, out: Path, *, pictures: Path | None = None) -> list[Path]:
@@ -112,18 +119,21 @@ def _answer_sections(
     )
     side = answer["sides"][-1]
     replica = _deployment(side["replica"])
+    page.heading("Latency and confidence against load")
     if len(answer["sides"]) == 1:
-        page.heading("Latency and confidence against load")
-        grid = screen(hardware, model, replica, workload, limits)
-        page.figure(
-            "latency",
-            _LATENCY_CAPTION,
-            lambda path: html_figures.latency(grid, side["replicas"], q["requests_per_s"], limits, path),
-        )
+        grid, how, caption = screen(hardware, model, replica, workload, limits), "screened", _LATENCY_CAPTION
+        count = side["replicas"]
     else:
+        grid, how, caption, count = _simulated(q, answer, limits), "simulated", _SIMULATED_CAPTION, 1
+    page.figure(
+        "latency",
+        caption,
+        lambda path: html_figures.latency(grid, count, q["requests_per_s"], limits, path, how),
+    )
+    if len(answer["sides"]) > 1:
         page.text(
             "The figures below show one replica of the decode layout serving whole requests, prompts included: its "
-            "steps, its memory, what caps gain. Latencies of both sides together are the simulated ones above."
+            "steps, its memory, what caps gain."
         )
     each = workload.vary(rate=q["requests_per_s"] / side["replicas"])
     deployment_sections(page, hardware, model, replica, each)
@@ -133,6 +143,27 @@ def _answer_sections(
         page.text(f"Each of {one['replicas'] + answer['spare_replicas']} {role}replicas, with one of:")
         page.code("\n\n".join(one["launch"].values()))
     return [*(f"coverage: {note}" for note in answer["notes"]), *sources(hardware, model)]
+
+
+def _simulated(q: Mapping[str, Any], answer: Mapping[str, Any], limits: tuple[Limit, ...]) -> LoadGrid:
+    """Latencies of prefill and decode replicas together at a few loads."""
+    sides = []
+    for side in answer["sides"]:
+        replica = _deployment(side["replica"])
+        sides.append(replica.vary(gpus=side["replicas"] * replica.devices_per_replica))
+    trial = Trial(
+        hardware=load.load_hardware(answer["hardware"]),
+        model=load.load_model(answer["model"]),
+        deployment=sides[0],
+        decode=sides[1],
+        workload=_workload(q["workload"]),
+        limits=limits,
+        log_sigma=answer["step_log_sigma"],
+        confidence=q["confidence"],
+        seed=q["seed"],
+        requests=_FIGURE_REQUESTS,
+    )
+    return simulated_grid(trial, _SHARES)
 
 
 def _sides(option: Mapping[str, Any]) -> str:

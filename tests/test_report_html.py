@@ -82,7 +82,8 @@ def test_a_split_answer_says_how_many_of_each_and_how_to_start_them(tmp_path):
     prefill, decode = data["answer"]["sides"]
     assert f"{prefill['replicas']} prefill x (tp 1), {decode['replicas']} decode x (tp 1)" in page
     assert "--disaggregation-mode prefill" in page and "--disaggregation-mode decode" in page
-    assert page.count("<figure>") == 4
+    assert page.count("<figure>") == 5
+    assert "a short simulated run a point" in page
 
 
 def test_a_plan_without_an_answer_says_so(tmp_path):

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
+import numpy as np
+
 from simmoe.front_end import delayed
 from simmoe.metrics import ServingMetrics
-from simmoe.planning.objective import Limit, held
+from simmoe.planning.objective import METRICS, STATISTICS, Limit, held
+from simmoe.planning.screen import LoadGrid
 from simmoe.predict import Compiled, compiled_for
 from simmoe.sim.cluster import simulate
 from simmoe.sim.disaggregated import Handover, transfer_of
@@ -105,6 +109,31 @@ def confirm(trial: Trial) -> Confirmation:
         probability=NormalDist().cdf(math.log(low) / max(trial.log_sigma, 1e-9)),
         requests=trial.requests,
         seed=trial.seed,
+    )
+
+
+def simulated_grid(trial: Trial, shares: Sequence[float]) -> LoadGrid:
+    """Simulated latencies against the load, at shares of the trial's, for options that no closed form speaks of.
+
+    The last load stands for saturation.
+    """
+    assert trial.workload.rate is not None
+    loads = trial.workload.rate * np.asarray(shares, dtype=np.float64)
+    runs = [
+        _run(dataclasses.replace(trial, workload=trial.workload.vary(rate=float(load))), 1.0, trial.requests)
+        for load in loads
+    ]
+    return LoadGrid(
+        requests_per_s=loads,
+        saturation_requests_per_s=float(loads[-1]),
+        latency_s={
+            (m, q): np.array([getattr(getattr(run, m), q) for run in runs]) for m in METRICS for q in STATISTICS
+        },
+        log_sigma=np.full(loads.shape, trial.log_sigma),
+        step_parts_s={},
+        notes=(),
+        kv_tokens=0,
+        limit="",
     )
 
 

@@ -71,7 +71,7 @@ def changes(plan: Plan) -> list[Change]:
     if plan.answer is None:
         return []
     market = _Market(plan, tuple(_corrected(plan)), _growth(plan))
-    return [*_prices(plan), *_objectives(market), *_confidence(market), _load(plan), *_spare(market), *_caps(market)]
+    return [*_prices(plan), *_objectives(market), *_confidence(market), _load(market), *_spare(market), *_caps(market)]
 
 
 def _tried(plan: Plan) -> list[Option]:
@@ -159,20 +159,39 @@ def _confidence(market: _Market) -> list[Change]:
     return [change for change in found if change is not None]
 
 
-def _load(plan: Plan) -> Change:
-    """The largest load the answer carries with the confidence asked for, at least.
+def _load(market: _Market) -> Change:
+    """The largest load the answer carries with the confidence asked for; of prefill and decode apart, at least.
 
-    Steps slower by f at a load are those of f times the load, and all times f times as long: what withstands f still
-    holds at f times the load.
+    Apart: steps slower by f at a load are those of f times the load, and all times f times as long, so what withstands f
+    still holds at f times the load.
     """
-    answer = plan.answer
+    answer, question = market.plan.answer, market.plan.question
     assert answer is not None
     assert answer.confirmation is not None
-    room = max(answer.confirmation.slack / answer.confirmation.slow_factor, 1.0)
+    if answer.split:
+        most = question.rate * max(answer.confirmation.slack / answer.confirmation.slow_factor, 1.0)
+    else:
+        most = _carried(market, answer)
     side = answer.sides[-1]
     more = side.layout.replica.devices_per_replica * answer.offer.usd_per_device_hour
     which = f"another {side.role} replica" if answer.split else "another replica"
-    return Change(f"more than {plan.question.rate * room:.3g} requests/s", which, answer.usd_per_hour + more)
+    return Change(f"more than {most:.3g} requests/s", which, answer.usd_per_hour + more)
+
+
+def _carried(market: _Market, answer: Option) -> float:
+    """Largest load of co-located replicas, by the grid that simulation corrected. [1/s]"""
+    question = market.plan.question
+    known = next((one for one in market.layouts if _identity(one) == _identity(answer.layout)), answer.layout)
+    low, high = question.rate, 20 * question.rate
+    for _ in range(30):
+        middle = (low * high) ** 0.5
+        each = middle / answer.replicas
+        good = (
+            each < known.grid.saturation_requests_per_s
+            and known.grid.probability(each, question.limits) >= question.confidence
+        )
+        low, high = (middle, high) if good else (low, middle)
+    return low
 
 
 def _spare(market: _Market) -> list[Change]:
