@@ -162,7 +162,7 @@ def _confidence(market: _Market) -> list[Change]:
 def _load(market: _Market) -> Change:
     """The largest load the answer carries with the confidence asked for; of prefill and decode apart, at least.
 
-    Apart: steps slower by f at a load are those of f times the load, and all times f times as long, so what withstands f
+    Apart: steps slower by f at a load are those of f times the load, and all times f times as long: what withstands f
     still holds at f times the load.
     """
     answer, question = market.plan.answer, market.plan.question
