@@ -40,6 +40,9 @@ def plan(
     budget: Annotated[float | None, typer.Option(help="Most spent. [USD/h]")] = None,
     replica_gpus: Annotated[int, typer.Option(help="Largest replica tried. [devices]")] = 32,
     active_experts: Annotated[int | None, typer.Option(help="Cap on active experts; costs quality.")] = None,
+    speculative: Annotated[
+        str | None, typer.Option(help="Drafted tokens and their acceptance, e.g. mtp:1,length=1.85.")
+    ] = None,
     engine: Annotated[str | None, typer.Option(help="vllm, sglang, trtllm or generic.")] = None,
     precision: Annotated[str | None, typer.Option(help="Weights: bfloat16, fp8, fp8_block, int8, int4 ...")] = None,
     requests: Annotated[int, typer.Option(min=100, help="Requests measured in each simulated run.")] = 3000,
@@ -81,7 +84,9 @@ def plan(
                 "e2e-p99": e2e_p99,
             }
         ),
-        base=flags.deployment_from(None, active_experts=active_experts, engine=engine, weight_precision=precision),
+        base=flags.deployment_from(
+            None, active_experts=active_experts, engine=engine, weight_precision=precision, speculative=speculative
+        ),
         confidence=confidence,
         spares=spares,
         most_devices=max_gpus,

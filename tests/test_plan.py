@@ -324,6 +324,27 @@ def test_command_answers_in_json():
     assert data["answer"]["sides"][0]["launch"]["vllm"].startswith("vllm serve")
 
 
+def test_drafted_tokens_reach_the_search_and_the_launch_lines():
+    asked = [
+        "--hardware",
+        "h100",
+        "--rate",
+        "10",
+        "--tpot-p99",
+        "20ms",
+        "--requests",
+        "100",
+        "--processes",
+        "1",
+        "--json",
+    ]
+    plain, drafted = (
+        json.loads(run_cli(*asked, *more).stdout)["answer"] for more in ([], ["--speculative", "ngram:2,rate=0.7"])
+    )
+    assert drafted["simulated"]["metrics"]["tpot_s"]["p50"] < plain["simulated"]["metrics"]["tpot_s"]["p50"]
+    assert "--speculative-config" in drafted["sides"][0]["launch"]["vllm"]
+
+
 def test_command_fails_where_nothing_holds_the_objective():
     result = run_cli("--hardware", "h100", "--rate", "10", "--tpot-p99", "0.1ms", "--processes", "1")
     assert isinstance(result.exception, CapacityError)
