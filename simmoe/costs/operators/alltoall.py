@@ -2,7 +2,7 @@
 
 Model: latency plus the slower of two links. Normal (high-throughput) kernels send a token once to each rank that
 holds one of its experts, and once to each other node on the way; low-latency kernels send one copy per expert chosen.
-Experts are taken as chosen uniformly. Inside a node the rate is bound by NVLink and by the multiprocessors lent to the
+Experts are taken as chosen uniformly, or within a token's best groups. Inside a node the rate is bound by NVLink and by the multiprocessors lent to the
 kernel; every copy also costs handling. Kernels and copy rules: DeepEP's README (deepseek-ai/DeepEP). Multi-node totals
 hold the exchange of token counts that comes first (``notify``). Left out: skewed routing, group-limited routing,
 overlap with compute, congestion beyond what 2 and 8 nodes showed. Compared with: profiles/*/moe_alltoall_*.
@@ -15,11 +15,13 @@ from numpy.typing import ArrayLike
 
 from simmoe.costs.operators.base import Array, Features, Operator, Parameter, Parameters, soft_max
 from simmoe.errors import CoverageError
+from simmoe.routing.groups import nodes_per_token
 from simmoe.specs.hardware import Hardware
 from simmoe.specs.measurement import Table
 
 DEFAULT_SMS = 20.0  # Buffer.num_sms in DeepEP
-DTYPE_BYTES = {"bfloat16": 2.0, "default": 2.0, "fp8": 1.0, "nvfp4": 0.5}
+#: Bytes an element takes on the wire; nvfp4 sends a scale byte with every 16 elements.
+DTYPE_BYTES = {"bfloat16": 2.0, "default": 2.0, "fp8": 1.0, "nvfp4": 0.5 + 1 / 16}
 LOW_LATENCY = ("deepep_low_latency", "deepep_ll", "trtllm_deepep_ll", "deepep_v2_generation")
 ROW_BYTES = 16384.0  # a bf16 row 8192 wide
 
@@ -111,7 +113,7 @@ def copies_per_token(features: Features) -> tuple[Array, Array]:
     experts = features["num_experts"]
     per_expert_in, per_expert_out = top_k * (local - 1.0) / ranks, top_k * (ranks - local) / ranks
     ranks_hit = ranks * _chance_hit(experts, experts / ranks, top_k)
-    once_in = ranks_hit * (local - 1.0) / local
+    once_in = ranks_hit * features["rank_share"] * (local - 1.0) / local
     once_out = (nodes - 1.0) * _chance_hit(experts, experts / nodes, top_k) * features["node_share"]
     quick = features["low_latency"] > 0
     return np.where(quick, per_expert_in, once_in), np.where(quick, per_expert_out, once_out)
@@ -151,6 +153,7 @@ def features_of(
     bytes_per_element: ArrayLike | None = None,
     sms: ArrayLike | None = None,
     node_share: ArrayLike = 1.0,
+    rank_share: ArrayLike = 1.0,
 ) -> Features:
     """Features of one exchange; everything broadcasts.
 
@@ -169,44 +172,67 @@ def features_of(
     node_share : array_like
         Other nodes a token goes to, over those in the benchmark. DeepEP's takes the best 4 nodes: combines measured
         over 8 nodes would pass the network's rate if tokens went to all they could. [-]
+    rank_share : array_like
+        Ranks a token goes to, over those it would reach if it could choose any expert. [-]
     """
     quick = kernel in LOW_LATENCY
     width = bytes_per_element if bytes_per_element is not None else (1.0 if phase == "dispatch" else 2.0)
     lent = sms if sms is not None else (0.0 if quick else DEFAULT_SMS)
     return _build(
-        tokens_per_rank, hidden, top_k, num_experts, ranks, nodes, width, lent, 1.0 if quick else 0.0, node_share
-    )
+        tokens_per_rank, hidden, top_k, num_experts, ranks, nodes, width, lent, 1.0 if quick else 0.0, node_share,
+        rank_share,
+    )  # fmt: skip
 
 
 def _build(*columns: ArrayLike) -> Features:
     names = (
         "tokens", "hidden", "top_k", "num_experts", "ranks", "nodes", "bytes_per_element", "sms", "low_latency",
-        "node_share",
+        "node_share", "rank_share",
     )  # fmt: skip
     values = np.broadcast_arrays(*columns)
     return {name: np.array(value, dtype=np.float64) for name, value in zip(names, values, strict=True)}
 
 
 def features(table: Table) -> Features:
-    """Features of measured rows; tables without ``comm_dtype`` (DeepEP's README) are fp8 out, bf16 back."""
+    """Features of measured rows; tables without ``comm_dtype`` (DeepEP's README) are fp8 out, bf16 back.
+
+    TensorRT-LLM's rows need their benchmark's code (aiconfigurator, collector/wideep/trtllm) to be read: its combine is
+    bf16 whatever ``comm_dtype`` says, its bulk kernels are lent DeepEP's default of multiprocessors, and its router is
+    the model's own, so that DeepSeek-V3's tokens go to four of eight groups. vLLM's draws experts freely.
+    """
+    phase = table.text("phase")
     if "comm_dtype" in table.columns:
         width = np.array([DTYPE_BYTES.get(str(name), np.nan) for name in table.text("comm_dtype")], dtype=np.float64)
     else:
-        width = np.where(table.text("phase") == "dispatch", 1.0, 2.0)
+        width = np.where(phase == "dispatch", 1.0, 2.0)
+    framework = table.text("framework") if "framework" in table.columns else np.full(table.rows, "")
+    trtllm = framework == "trtllm"
     quick = np.isin(table.text("kernel"), LOW_LATENCY)
-    ranks = table.number("num_ranks")
+    ranks, experts, top_k = (table.number(name) for name in ("num_ranks", "num_experts", "top_k"))
+    hidden = table.number("hidden_size")
+    sms = table.number("num_sms") if "num_sms" in table.columns else np.zeros(table.rows)
+    grouped = trtllm & (hidden == 7168) & (experts == 256) & (top_k == 8)
     return _build(
         table.number("num_tokens_per_rank"),
-        table.number("hidden_size"),
-        table.number("top_k"),
-        table.number("num_experts"),
+        hidden,
+        top_k,
+        experts,
         ranks,
         table.number("num_nodes") if "num_nodes" in table.columns else np.ceil(ranks / 8.0),
-        width,
-        table.number("num_sms") if "num_sms" in table.columns else np.where(quick, 0.0, DEFAULT_SMS),
+        np.where(trtllm & (phase == "combine"), 2.0, width),
+        np.where(~quick & (sms == 0), DEFAULT_SMS, sms),
         np.where(quick, 1.0, 0.0),
         1.0,
+        np.where(grouped, [group_rank_share(256, 8, int(count), 8, 4) for count in ranks], 1.0),
     )
+
+
+def group_rank_share(num_experts: int, top_k: int, ranks: int, num_groups: int, top_groups: int) -> float:
+    """Ranks reached by a token held to its best groups, over those reached by a free one. [-]"""
+    if top_groups >= num_groups or ranks <= 1 or num_experts % ranks:
+        return 1.0
+    held = nodes_per_token(num_experts, top_k, ranks, num_groups, top_groups)
+    return held / nodes_per_token(num_experts, top_k, ranks)
 
 
 def measured(table: Table) -> Array:
