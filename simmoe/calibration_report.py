@@ -24,7 +24,7 @@ def table(calibrations: Mapping[str, Calibration], left_out: Sequence[str]) -> R
         lines.add_column("operator")
         lines.add_column("variant")
         for name in ("rows", "shape\ngroups", "roofline\nmean %", "fitted rows\nmean %", "unseen shapes\nmean %",
-                     "median %", "p90 %", "inside\n90 % band"):  # fmt: skip
+                     "median %", "p90 %", "inside\n90 % band", "scatter\nof rows %"):  # fmt: skip
             lines.add_column(name, justify="right")
         for fit in sorted(calibration.fits, key=lambda fit: (fit.operator, tuple(fit.variant.values()))):
             figures = (
@@ -34,6 +34,7 @@ def table(calibrations: Mapping[str, Calibration], left_out: Sequence[str]) -> R
                 fit.held_out_median_ape_percent,
                 fit.held_out_p90_ape_percent,
                 fit.inside_90_percent or float("nan"),
+                *(() if fit.scatter_percent is None else (fit.scatter_percent,)),
             )
             variant = "/".join(fit.variant.values())
             lines.add_row(fit.operator, variant, str(fit.rows), str(fit.groups), *(f"{value:.1f}" for value in figures))
@@ -69,6 +70,7 @@ def to_json(calibrations: Mapping[str, Calibration], left_out: Sequence[str]) ->
                         "held_out_median_ape_percent": fit.held_out_median_ape_percent,
                         "held_out_p90_ape_percent": fit.held_out_p90_ape_percent,
                         "inside_90_percent": fit.inside_90_percent,
+                        "scatter_percent": fit.scatter_percent,
                         "log_sigma": fit.log_sigma,
                     }
                     for fit in calibration.fits

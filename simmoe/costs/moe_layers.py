@@ -166,6 +166,13 @@ class MoeLayers:
         measured = nodes_per_token(self.pool, k, nodes, nodes, min(nodes, BENCHMARK_NODES))
         return (ours - 1.0) / (measured - 1.0)
 
+    def _rank_share(self, kind: LayerKind) -> float:
+        """Ranks of one node a token goes to, over those it would reach if it could choose any expert. [-]"""
+        if self.nodes > 1 or kind.placement is not None or kind.balanced or kind.top_k < 1:
+            return 1.0
+        k = max(1, round(kind.top_k))
+        return alltoall.group_rank_share(self.pool, k, self._ranks, kind.num_groups, kind.top_groups)
+
     def _wire_bytes(self, phase: str) -> float:
         """Bytes per element on the wire: activations of 8-bit products go out in 8 bits, results come back in 16."""
         return 1.0 if phase == "dispatch" and self.precision.experts.compute_bits == 8 else 2.0
@@ -288,6 +295,7 @@ class MoeLayers:
                 nodes=self.nodes,
                 bytes_per_element=width,
                 node_share=self._node_share(kind),
+                rank_share=self._rank_share(kind),
             )
             chosen.append(
                 self.times.seconds(alltoall.OPERATOR, features, framework=framework, kernel=name, phase=phase)

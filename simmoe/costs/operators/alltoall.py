@@ -2,10 +2,12 @@
 
 Model: latency plus the slower of two links. Normal (high-throughput) kernels send a token once to each rank that
 holds one of its experts, and once to each other node on the way; low-latency kernels send one copy per expert chosen.
-Experts are taken as chosen uniformly, or within a token's best groups. Inside a node the rate is bound by NVLink and by the multiprocessors lent to the
-kernel; every copy also costs handling. Kernels and copy rules: DeepEP's README (deepseek-ai/DeepEP). Multi-node totals
-hold the exchange of token counts that comes first (``notify``). Left out: skewed routing, group-limited routing,
-overlap with compute, congestion beyond what 2 and 8 nodes showed. Compared with: profiles/*/moe_alltoall_*.
+Experts are taken as chosen uniformly, or within a token's best groups. Inside a node the rate is bound by NVLink and by
+the multiprocessors lent to the kernel; every copy also costs handling. Benchmarks that issue kernels from Python (vLLM,
+TensorRT-LLM) take no less time than that: the device works meanwhile. Kernels and copy rules: DeepEP's README
+(deepseek-ai/DeepEP). Multi-node totals hold the exchange of token counts that comes first (``notify``). Left out:
+skewed routing, overlap with compute, congestion beyond what 2 and 8 nodes showed. Compared with:
+profiles/*/moe_alltoall_*.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ PARAMETERS = (
     Parameter(
         name="row_s", unit="s", default=2e-6, lower=1e-9, upper=1e-4, meaning="passing one row of 16 KiB through"
     ),
+    Parameter(name="host_s", unit="s", default=3e-5, lower=1e-7, upper=1e-3, meaning="issuing the call from Python"),
     Parameter(name="expert_s", unit="s", default=1e-9, lower=1e-11, upper=1e-6, meaning="per expert in the model"),
     Parameter(name="link_efficiency", unit="-", default=0.6, lower=0.05, upper=1.5, meaning="of scale-up bandwidth"),
     Parameter(
@@ -48,11 +51,14 @@ PARAMETERS = (
     Parameter(name="network_gain", unit="-", default=0.8, lower=0.02, upper=2.0, meaning="its ratio, 8 nodes over 2"),
 )
 LINK_SHARPNESS = 4.0
+HOST_SHARPNESS = 4.0
 FILL_TOKENS = 64.0
 
 
-def seconds(features: Features, parameters: Parameters, hardware: Hardware, cold: bool) -> Array:  # noqa: ARG001
+def seconds(features: Features, parameters: Parameters, hardware: Hardware, cold: bool) -> Array:
     """Predicted time; one rank: 0. [s]
+
+    ``cold``: as an engine runs it, low-latency kernels replayed from a CUDA graph: nobody issues the call from Python.
 
     Raises
     ------
@@ -78,7 +84,10 @@ def seconds(features: Features, parameters: Parameters, hardware: Hardware, cold
     fixed = parameters["alpha_s"] + parameters["row_s"] * row / ROW_BYTES
     fixed = fixed + parameters["expert_s"] * features["num_experts"]
     fill = parameters["fill_s"] * tokens / (tokens + FILL_TOKENS)
-    return np.where(ranks > 1, fixed + fill + busy, 0.0)
+    replayed = (features["low_latency"] > 0) & cold
+    host = np.where(replayed, 0.0, parameters["host_s"])
+    time = soft_max(fixed + fill + busy, host, HOST_SHARPNESS)
+    return np.where(ranks > 1, time, 0.0)
 
 
 def roofline(features: Features, hardware: Hardware) -> Array:
@@ -253,4 +262,5 @@ OPERATOR = Operator(
     group_columns=("num_ranks", "hidden_size", "top_k", "num_experts", "num_sms"),
     range_features=("tokens", "hidden", "ranks"),
     measured=measured,
+    sweep="tokens",
 )

@@ -65,6 +65,9 @@ class Operator:
         Features whose measured minimum and maximum are recorded, to tell extrapolation.
     measured : callable, optional
         ``(table) -> seconds`` where the measured time is not the column ``latency_us`` alone.
+    sweep : str, optional
+        Feature that a benchmark raises step by step with all others fixed: neighbouring rows tell the scatter of
+        the measurement itself.
     """
 
     name: str
@@ -76,6 +79,7 @@ class Operator:
     group_columns: tuple[str, ...]
     range_features: tuple[str, ...]
     measured: Callable[[Table], Array] | None = None
+    sweep: str | None = None
 
     @property
     def defaults(self) -> dict[str, float]:
