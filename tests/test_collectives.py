@@ -215,7 +215,7 @@ def test_tokens_held_to_their_best_groups_reach_fewer_ranks():
 
 def test_an_exchange_issued_from_python_hides_under_the_issuing():
     """Below the issuing time nothing else shows; of a low-latency kernel replayed from a graph only its own time."""
-    small, large = (exchange("deepep_low_latency", tokens_per_rank=t) for t in (1, 4096))
+    small, large = (exchange("deepep_low_latency", tokens_per_rank=t) for t in (1, 16384))
     slow = {**alltoall.OPERATOR.defaults, "host_s": 5e-4}
     assert alltoall.seconds(small, slow, H100, BENCHMARK) == pytest.approx(5e-4, rel=0.01)
     assert alltoall.seconds(small, slow, H100, COLD) < 1e-4
