@@ -4,14 +4,16 @@ Overlap rule: the parts of a step run one after another on the device, unless th
 something under dispatch and combine, which then count with what still shows; the host's time is added, and the total is
 their sum. Attention runs on each data-parallel rank's share of the batch, experts see the tokens of all ranks. Pipeline
 stages work on micro-batches (`costs.pipeline`). With speculative decoding a decoding request brings the rows it
-verifies to every product, to the experts and to the head, and drafting comes on top (`costs.speculation`).
+verifies to every product, to the experts and to the head, and drafting comes on top (`costs.speculation`). An encoder
+reads a prompt whole, its attention both ways; the decoder sees the prompt through cross-attention alone, in one kernel
+with its own context.
 Left out: power throttling, collectives that slow each other. Checked against: validate/.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -69,6 +71,8 @@ class Engine:
         self.sigma: dict[str, float | Array] = {}  # of the steps timed last
         self._given = parameters
         self._width = deployment.rows_per_decode
+        stack = model.encoder_stack
+        self.encoder = Engine(hardware, stack, deployment, self.times, inclusion, parameters) if stack else None
 
     @cached_property
     def parameters(self) -> EngineParameters:
@@ -123,8 +127,7 @@ class Engine:
         halves = 2 if exchanges and d.exchange.overlap == "two_batch" else 1
         cut = d.dp * (micro_batches or d.pp) * halves
         local = np.maximum(np.ceil(np.asarray(tokens, dtype=np.float64) / cut), 1.0)
-        shapes = self._matrices()
-        parts = self._gemms(shapes, local)
+        parts = self._gemms(self._matrices() + self._cross_queries(), local)
         if self.moe is not None:
             parts |= self.moe.parts(local)
             self.sigma |= self.moe.sigma
@@ -193,6 +196,29 @@ class Engine:
         if self.deployment.wide_attention:
             shapes = [(part, times, n, k, narrow and part != "projections") for part, times, n, k, narrow in shapes]
         return shapes
+
+    def _cross_queries(self) -> list[tuple[str, int, float, float, bool]]:
+        """Queries and outputs of cross-attention, as `_matrices`; its keys and values are made with the prompt."""
+        if self.encoder is None:
+            return []
+        a, m, tp = self.model.attention, self.model, self.deployment.tp_size
+        queries = ("projections", m.layers, a.heads / tp * a.head_dim, float(m.hidden), True)
+        return [queries, ("projections", m.layers, float(m.hidden), a.heads / tp * a.v_head_dim, True)]
+
+    def encode(self, prompts: Sequence[int]) -> dict[str, float]:
+        """Parts of encoding whole prompts of these lengths, and of the keys and values the decoder sees of them. [s]"""
+        assert self.encoder is not None
+        d, m, a = self.deployment, self.model, self.model.attention
+        tokens = np.array([max(sum(prompts), 1)], dtype=np.float64)
+        lengths = np.array(prompts, dtype=np.float64)
+        # n queries after (n - 1) / 2 cached tokens form the n^2 pairs of attention both ways
+        attention = float(self.encoder.prefill_attention(lengths, (lengths - 1) / 2).sum()) / d.dp
+        parts = {name: float(value[0]) for name, value in self.encoder.token_parts(tokens, attention).items()}
+        local = np.maximum(np.ceil(tokens / d.dp), 1.0)
+        width = max(1.0, a.kv_heads / d.tp_size) * (a.head_dim + a.v_head_dim)
+        across = self._gemms([("projections", m.layers, width, float(m.hidden), True)], local)["projections"]
+        parts["projections"] += float(across[0]) * self.parameters.kernel_slowdown
+        return parts | {"attention": attention, "host": 0.0}
 
     def _gemms(self, shapes: list[tuple[str, int, float, float, bool]], tokens: Array) -> dict[str, Array]:
         """All dense products of a layer stack in one vectorised call per precision."""
@@ -371,6 +397,14 @@ class Engine:
 
         ``finishing_prompts`` of its chunks end their prompt and sample a token; None: all of them.
         """
+        if self.encoder is not None and batch.prefill_chunks:  # an answer begins with a decoder step of its own
+            prompts = [new for new, _ in batch.prefill_chunks]
+            begun = len(prompts) if finishing_prompts is None else finishing_prompts
+            decoding = self.step(Batch(batch.decode_requests + begun, batch.decode_context_tokens + sum(prompts)))
+            both = decoding.parts
+            for name, seconds in self.encode(prompts).items():
+                both[name] = both.get(name, 0.0) + seconds
+            return StepBreakdown(**{f"{n}_s": s for n, s in both.items()}, log_sigma=spread(both, self.sigma))
         rows = self._rows(np.array([max(batch.rows(self._width), 1)], dtype=np.float64))
         attention = self._attention(batch)
         chunks = len(batch.prefill_chunks)
@@ -475,6 +509,16 @@ class Engine:
         prefill = _quadratic(self.prefill_attention, chunk, d.dp)
         draft_prefill = (0.0, 0.0, 0.0) if drafts is None else _quadratic(drafts.prompt_attention_s, chunk, d.dp)
         floor, linear, quadratic = (a + b for a, b in zip(prefill, draft_prefill, strict=True))
+        if self.encoder is not None:
+            # the table counts all tokens of a step in the decoder: set right for prompts of the usual length
+            token_s = tabulated(parts)
+            prompt = max(round(chunk), 2)
+            (one, half), alone = (sum(self.encode([n]).values()) for n in (prompt, prompt // 2)), float(token_s[1])
+            linear = (one - float(token_s[prompt]) - half + float(token_s[prompt // 2])) / (prompt - prompt // 2)
+            floor, quadratic = one + alone - float(token_s[prompt]) - linear * prompt, 0.0
+            begun, beside = (token_s[np.minimum(index + more, budget)] for more in (1, prompt))
+            mixed_base_s = mixed_base_s + begun - alone + token_s[prompt] - beside
+            mixed_base_s[0] = 0.0
         detail = StepDetail(
             grid, parts, dict(self.sigma), self._host_per_row, rows, tuple(by_batches), draft_s, draft_slope_s,
             draft_prefill, waiting,
