@@ -124,7 +124,7 @@ def import_command(
 
 def validate(
     paths: Annotated[
-        list[Path] | None, typer.Argument(help="Measured tables or folders of them; or the word claims.")
+        list[Path] | None, typer.Argument(help="Measured tables or folders of them; or the word claims, or skew and tables.")
     ] = None,
     rows: Annotated[Path | None, typer.Option(help="Write one CSV line per compared figure here.")] = None,
     gains: Annotated[bool, typer.Option("--gains", help="Compare what capping experts gains, load by load.")] = False,
@@ -175,6 +175,8 @@ def validate(
 
     `simmoe validate claims --markdown validate/claims/README.md`
 
+    `simmoe validate skew profiles/h200_sxm/moe_h200_sxm.csv.gz`
+
     `simmoe validate --gains validate/serving/yang2025_faster_moe_throughput.csv --plot gains.png`
 
     `simmoe validate --live --budget 2min --json`
@@ -192,6 +194,9 @@ def validate(
         raise SpecError("validate: give measured tables or folders of them, the word claims, or --live")
     if [str(path) for path in paths] == ["claims"]:
         _claims(markdown, json)
+        return
+    if str(paths[0]) == "skew":
+        _skew(paths[1:], json)
         return
     if gains:
         _gains(paths, plot, json)
@@ -241,6 +246,18 @@ def _claims(markdown: Path | None, json: bool) -> None:
         show_json(claims.to_json(spoken))
     else:
         show(claims.table(spoken))
+
+
+def _skew(paths: list[Path], json: bool) -> None:
+    from simmoe import skew_validation as skew  # noqa: PLC0415
+    from simmoe.specs.load import data_folder  # noqa: PLC0415
+
+    folder = Path(str(data_folder("profiles")))
+    errors, gains = skew.compare(paths or [folder / f"{d}_sxm" / f"moe_{d}_sxm.csv.gz" for d in ("h100", "h200")])
+    if json:
+        show_json(skew.to_json(errors, gains))
+    else:
+        show(skew.show_table(errors, gains))
 
 
 def _gains(paths: list[Path], plot: Path | None, json: bool) -> None:

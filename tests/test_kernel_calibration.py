@@ -204,7 +204,7 @@ def test_one_operator_alone_is_fitted_again_and_the_others_stay(tmp_path):
         kernel_calibration.with_others(kernel_calibration.run(plans[0], folds=3, processes=1), folder)
 
 
-# ---- scatter ----------------------------------------------------------------------------------------------------------
+# ---- scatter --------------------------------------------------------------------------------------------------------
 
 
 def swept(noise, groups=40, points=13):
