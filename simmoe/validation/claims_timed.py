@@ -58,45 +58,23 @@ def _gain(model: str, concurrency: int, cap: int | None = None, pool: int | None
 
 
 def _capping() -> list[Claim]:
+    lite, big = "deepseek-v2-lite", "deepseek-v3"
+    # model, concurrency, cap, pool, published gain [%], what, where
     rows = (
-        ("deepseek-v3", 32, 6, None, 10.5, "8 to 6 experts at concurrency 32, DeepSeek-V3", "table 9"),
-        ("deepseek-v3", 32, 4, None, 16.4, "8 to 4 experts at concurrency 32, DeepSeek-V3", "table 9"),
-        ("deepseek-v3", 128, 4, None, 8.5, "8 to 4 experts at concurrency 128, DeepSeek-V3", "table 9"),
-        ("deepseek-v2-lite", 8, 2, None, 52, "6 to 2 experts at concurrency 8, DeepSeek-V2-Lite", "table 8"),
-        ("deepseek-v2-lite", 32, 2, None, 31, "6 to 2 experts at concurrency 32, DeepSeek-V2-Lite", "table 8"),
-        ("deepseek-v2-lite", 128, 2, None, 10, "6 to 2 experts at concurrency 128, DeepSeek-V2-Lite", "table 8"),
-        ("deepseek-v2-lite", 512, 2, None, 17, "6 to 2 experts at concurrency 512, DeepSeek-V2-Lite", "table 8"),
-        (
-            "deepseek-v2-lite",
-            8,
-            None,
-            32,
-            29,
-            "64 to 32 experts in DeepSeek-V2-Lite's pool at concurrency 8",
-            "table 12",
-        ),
-        (
-            "deepseek-v2-lite",
-            64,
-            None,
-            32,
-            34,
-            "64 to 32 experts in DeepSeek-V2-Lite's pool at concurrency 64",
-            "table 12",
-        ),
-        (
-            "deepseek-v2-lite",
-            512,
-            None,
-            32,
-            5,
-            "64 to 32 experts in DeepSeek-V2-Lite's pool at concurrency 512",
-            "table 12",
-        ),
+        (big, 32, 6, None, 10.5, "8 to 6 experts", "table 9"),
+        (big, 32, 4, None, 16.4, "8 to 4 experts", "table 9"),
+        (big, 128, 4, None, 8.5, "8 to 4 experts", "table 9"),
+        (lite, 8, 2, None, 52, "6 to 2 experts", "table 8"),
+        (lite, 32, 2, None, 31, "6 to 2 experts", "table 8"),
+        (lite, 128, 2, None, 10, "6 to 2 experts", "table 8"),
+        (lite, 512, 2, None, 17, "6 to 2 experts", "table 8"),
+        (lite, 8, None, 32, 29, "64 to 32 experts in the pool", "table 12"),
+        (lite, 64, None, 32, 34, "64 to 32 experts in the pool", "table 12"),
+        (lite, 512, None, 32, 5, "64 to 32 experts in the pool", "table 12"),
     )
     found = [
         Claim(
-            claim=f"gain of {what}",
+            claim=f"gain of {what} at concurrency {c}, {load_model(model).name}",
             source=f"{_YANG}, {table}",
             published=gain,
             unit="%",
