@@ -146,7 +146,8 @@ def _network(hardware: Hardware) -> float:
         raise CoverageError(
             f"{hardware.name}: expert parallelism over several nodes, but no scale_out link is described"
         )
-    return hardware.scale_out.bandwidth
+    # ranks talk to those of their own index on other nodes: few flows, which share the core of an oversubscribed tree
+    return hardware.scale_out.bandwidth / (hardware.fabric.oversubscription if hardware.fabric else 1.0)
 
 
 def features_of(
