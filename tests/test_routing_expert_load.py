@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from reference.routing_enumeration import mean_over_routings
 
@@ -117,6 +117,7 @@ def test_the_busiest_rank_is_within_the_bounds_that_counting_sets(shape):
 
 @settings(max_examples=60, deadline=None)
 @given(shapes(), st.integers(1, 20_000))
+@example((64, 5, 32, None), 1026)  # broken by 0.5 % while sizes between whole numbers were rounded
 def test_more_tokens_never_mean_less_load(shape, tokens):
     num_experts, top_k, ep, inclusion = shape
     load = expected_load([tokens, tokens + max(1, tokens // 50)], num_experts, top_k, ep=ep, inclusion=inclusion)

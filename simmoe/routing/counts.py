@@ -110,7 +110,10 @@ def count_cdf(count: Array, mean: Array, variance: Array) -> Array:
     # zero and one are exact, and carry most of the weight when the mean is small
     zero = np.exp(-mu / excess * np.log1p(excess))
     cdf = np.where(count < 0.5, zero, np.where(count == 1.0, zero * (1.0 + mu / (1.0 + excess)), cdf))
-    return np.asarray(np.where(binomial & (misses <= 0), 1.0, cdf), dtype=np.float64)
+    # a size between two whole numbers: the chance of the last count grows with the fraction, exact at both ends
+    fraction = size - count
+    last = 1.0 - np.clip(fraction, 0.0, 1.0) * chance**size
+    return np.asarray(np.where(binomial & (count > 0.5) & (fraction <= 1.0), last, cdf), dtype=np.float64)
 
 
 def _peizer_pratt(x: Array) -> Array:
