@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from simmoe import skew_validation as skew
 from simmoe.cli import app
 from simmoe.errors import MeasurementError
 from simmoe.specs.load import data_folder
-from simmoe.validation import skew
 
 WHOLE = Path(data_folder("profiles")) / "h200_sxm" / "moe_h200_sxm.csv.gz"
 
