@@ -124,7 +124,7 @@ def import_command(
 
 def validate(
     paths: Annotated[
-        list[Path] | None, typer.Argument(help="Measured tables or folders of them; or the word claims, or skew and tables.")
+        list[Path] | None, typer.Argument(help="Tables or folders of them; or the word claims, or skew and tables.")
     ] = None,
     rows: Annotated[Path | None, typer.Option(help="Write one CSV line per compared figure here.")] = None,
     gains: Annotated[bool, typer.Option("--gains", help="Compare what capping experts gains, load by load.")] = False,
