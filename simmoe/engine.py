@@ -404,7 +404,8 @@ class Engine:
             both = decoding.parts
             for name, seconds in self.encode(prompts).items():
                 both[name] = both.get(name, 0.0) + seconds
-            return StepBreakdown(**{f"{n}_s": s for n, s in both.items()}, log_sigma=spread(both, self.sigma))
+            sigma = {name: float(np.ravel(value)[0]) for name, value in self.sigma.items()}
+            return StepBreakdown(**{f"{n}_s": s for n, s in both.items()}, log_sigma=spread(both, sigma))
         rows = self._rows(np.array([max(batch.rows(self._width), 1)], dtype=np.float64))
         attention = self._attention(batch)
         chunks = len(batch.prefill_chunks)
