@@ -216,7 +216,9 @@ class Engine:
         parts = {name: float(value[0]) for name, value in self.encoder.token_parts(tokens, attention).items()}
         local = np.maximum(np.ceil(tokens / d.dp), 1.0)
         width = max(1.0, a.kv_heads / d.tp_size) * (a.head_dim + a.v_head_dim)
+        kept = dict(self.sigma)  # spreads stay those of the step's own tokens
         across = self._gemms([("projections", m.layers, width, float(m.hidden), True)], local)["projections"]
+        self.sigma = kept
         parts["projections"] += float(across[0]) * self.parameters.kernel_slowdown
         return parts | {"attention": attention, "host": 0.0}
 
