@@ -109,6 +109,7 @@ def calibrate_operator(
         held_out_p90_ape_percent=float(np.quantile(ape, 0.9)),
         roofline_mape_percent=float(100 * np.mean(np.abs(roofline / sample.seconds - 1))),
         inside_90_percent=_inside_90(log_ratio, _folds(sample, folds)),
+        scatter_percent=scatter_percent(sample, np.log(sample.seconds / fitted), operator.sweep),
         rows=len(sample.seconds),
         groups=count,
         ranges={
@@ -148,6 +149,30 @@ def _spread(log_ratio: Array) -> tuple[float, float]:
     """Median and spread of log residuals: 90 % half-width over 1.645, honest about tails, deaf to a few wild rows."""
     centre = float(np.median(log_ratio))
     return centre, max(float(np.quantile(np.abs(log_ratio - centre), 0.90)) / 1.645, 1e-3)
+
+
+def scatter_percent(sample: Sample, residual: Array, sweep: str | None) -> float | None:
+    r"""Mean error that neighbouring rows leave to any model smooth in the swept size; None without neighbours. [%]
+
+    Pseudo-residuals (Gasser, Sroka and Jennen-Steinmetz, Biometrika 73, 1986): a row's log residual less the line
+    through those of its two neighbours, weights a and b, over :math:`\sqrt{1 + a^2 + b^2}`. What the fit knows of the
+    curve's bend is taken out first. Scatter shared by neighbours (a slow series) is not seen.
+    """
+    if sweep is None:
+        return None
+    fixed = np.stack([sample.groups, *(v for name, v in sample.features.items() if name != sweep)], axis=1)
+    _, series = np.unique(fixed, axis=0, return_inverse=True)
+    found = []
+    for number in range(int(series.max()) + 1):
+        rows = np.flatnonzero(series.ravel() == number)
+        rows = rows[np.argsort(sample.features[sweep][rows], kind="stable")]
+        place, value = np.log(sample.features[sweep][rows]), residual[rows]
+        span = place[2:] - place[:-2]
+        right = np.divide(place[1:-1] - place[:-2], span, out=np.full_like(span, 0.5), where=span > 0)
+        bend = value[1:-1] - (1 - right) * value[:-2] - right * value[2:]
+        found.append(np.abs(bend) / np.sqrt(1 + (1 - right) ** 2 + right**2))
+    each = np.concatenate(found)
+    return float(100 * each.mean()) if each.size else None
 
 
 def _inside_90(log_ratio: Array, fold: NDArray[np.intp]) -> float | None:

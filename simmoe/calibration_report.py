@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from simmoe.beyond_fit import OUTSIDE, STATED, Beyond, added_log_sigma
 from simmoe.costs.calibration import Calibration
 from simmoe.kernel_calibration import warnings
 
@@ -22,7 +24,7 @@ def table(calibrations: Mapping[str, Calibration], left_out: Sequence[str]) -> R
         lines.add_column("operator")
         lines.add_column("variant")
         for name in ("rows", "shape\ngroups", "roofline\nmean %", "fitted rows\nmean %", "unseen shapes\nmean %",
-                     "median %", "p90 %", "inside\n90 % band"):  # fmt: skip
+                     "median %", "p90 %", "inside\n90 % band", "scatter\nof rows %"):  # fmt: skip
             lines.add_column(name, justify="right")
         for fit in sorted(calibration.fits, key=lambda fit: (fit.operator, tuple(fit.variant.values()))):
             figures = (
@@ -32,6 +34,7 @@ def table(calibrations: Mapping[str, Calibration], left_out: Sequence[str]) -> R
                 fit.held_out_median_ape_percent,
                 fit.held_out_p90_ape_percent,
                 fit.inside_90_percent or float("nan"),
+                *(() if fit.scatter_percent is None else (fit.scatter_percent,)),
             )
             variant = "/".join(fit.variant.values())
             lines.add_row(fit.operator, variant, str(fit.rows), str(fit.groups), *(f"{value:.1f}" for value in figures))
@@ -67,6 +70,7 @@ def to_json(calibrations: Mapping[str, Calibration], left_out: Sequence[str]) ->
                         "held_out_median_ape_percent": fit.held_out_median_ape_percent,
                         "held_out_p90_ape_percent": fit.held_out_p90_ape_percent,
                         "inside_90_percent": fit.inside_90_percent,
+                        "scatter_percent": fit.scatter_percent,
                         "log_sigma": fit.log_sigma,
                     }
                     for fit in calibration.fits
@@ -76,4 +80,64 @@ def to_json(calibrations: Mapping[str, Calibration], left_out: Sequence[str]) ->
             for device, calibration in calibrations.items()
         },
         "left_out": list(left_out),
+    }
+
+
+def beyond_table(found: Sequence[Beyond]) -> RenderableType:
+    """What borrowing and extrapolating add to the spread, summed up, by operator, beside the constants in use."""
+    parts: list[RenderableType] = [
+        Text(
+            "Spread of ln(measured / predicted) added to a fit's own where it answers for another device, or per "
+            "factor e\noutside the range it was made on: the width with which 90 % intervals contain 90 % of rows.\n"
+        )
+    ]
+    lines = Table(show_edge=False, pad_edge=False)
+    lines.add_column("case")
+    lines.add_column("operator")
+    for name in ("fits", "mean error %\n(median fit)", "added spread\nmeasured", "in use"):
+        lines.add_column(name, justify="right")
+    for kind, stated in STATED.items():
+        of_kind = [one for one in found if one.kind == kind]
+        if not of_kind:
+            continue
+        lines.add_row(kind, "all", *_beyond_cells(of_kind), f"{stated:.2f}")
+        for operator in sorted({one.operator for one in of_kind}):
+            lines.add_row("", operator, *_beyond_cells([one for one in of_kind if one.operator == operator]), "")
+    parts.append(lines)
+    return Group(*parts)
+
+
+def _beyond_cells(found: Sequence[Beyond]) -> tuple[str, str, str]:
+    error = float(np.median([one.mean_error_percent for one in found]))
+    return str(len(found)), f"{error:.1f}", f"{added_log_sigma(found):.2f}"
+
+
+def beyond_json(found: Sequence[Beyond]) -> dict[str, Any]:
+    """The same as plain data, and every experiment."""
+    return {
+        "kinds": {
+            kind: {
+                "fits": len(of_kind),
+                "added_log_sigma": added_log_sigma(of_kind),
+                "added_log_sigma_in_use": stated,
+                "per": "factor e" if kind == OUTSIDE else "device",
+            }
+            for kind, stated in STATED.items()
+            if (of_kind := [one for one in found if one.kind == kind])
+        },
+        "experiments": [
+            {
+                "operator": one.operator,
+                "variant": one.variant,
+                "device": one.device,
+                "case": one.case,
+                "kind": one.kind,
+                "rows": len(one.log_ratio),
+                "median_log_ratio": float(np.median(one.log_ratio)),
+                "mean_error_percent": one.mean_error_percent,
+                "own_log_sigma": one.log_sigma,
+                "added_log_sigma": added_log_sigma([one]),
+            }
+            for one in found
+        ],
     }

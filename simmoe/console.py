@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -18,6 +19,11 @@ def show(renderable: RenderableType) -> None:
     columns = os.environ.get("COLUMNS", "")
     wide = max(int(columns), 120) if columns.isdigit() else 160  # narrower tables break words apart
     Console(width=None if sys.stdout.isatty() else wide, highlight=False).print(renderable)
+
+
+def show_json(data: Any) -> None:
+    """Print plain data on stdout, for machines."""
+    sys.stdout.write(json.dumps(data, indent=2, default=str) + "\n")
 
 
 def progress() -> Progress:

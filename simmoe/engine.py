@@ -4,14 +4,16 @@ Overlap rule: the parts of a step run one after another on the device, unless th
 something under dispatch and combine, which then count with what still shows; the host's time is added, and the total is
 their sum. Attention runs on each data-parallel rank's share of the batch, experts see the tokens of all ranks. Pipeline
 stages work on micro-batches (`costs.pipeline`). With speculative decoding a decoding request brings the rows it
-verifies to every product, to the experts and to the head, and drafting comes on top (`costs.speculation`).
+verifies to every product, to the experts and to the head, and drafting comes on top (`costs.speculation`). An encoder
+reads a prompt whole, its attention both ways; the decoder sees the prompt through cross-attention alone, in one kernel
+with its own context.
 Left out: power throttling, collectives that slow each other. Checked against: validate/.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -66,9 +68,11 @@ class Engine:
         self.inclusion = inclusion
         self.precision: Precision = precision_of(model, deployment)
         self.top_k, self.num_experts = _active(model, deployment)
-        self.sigma: dict[str, float] = {}
+        self.sigma: dict[str, float | Array] = {}  # of the steps timed last
         self._given = parameters
         self._width = deployment.rows_per_decode
+        stack = model.encoder_stack
+        self.encoder = Engine(hardware, stack, deployment, self.times, inclusion, parameters) if stack else None
 
     @cached_property
     def parameters(self) -> EngineParameters:
@@ -95,8 +99,16 @@ class Engine:
         if self.model.experts is None:
             return None
         return MoeLayers(
-            self.model, self.deployment, self.times, self.precision, self.top_k, self.num_experts, self.inclusion
-        )
+            self.model, self.deployment, self.times, self.precision, self.top_k, self.num_experts, self.inclusion,
+            self._shared_fused,
+        )  # fmt: skip
+
+    @property
+    def _shared_fused(self) -> bool:
+        """Whether the shared expert runs as one more routed expert."""
+        e = self.model.experts
+        alike = e is not None and e.num_shared == 1 and e.shared_inter_size == e.inter_size
+        return self.parameters.fuses_shared_expert and alike and self.deployment.ep == 1
 
     def token_parts(
         self, tokens: Array, attention_s: Array | float = 0.0, micro_batches: int | None = None
@@ -115,8 +127,7 @@ class Engine:
         halves = 2 if exchanges and d.exchange.overlap == "two_batch" else 1
         cut = d.dp * (micro_batches or d.pp) * halves
         local = np.maximum(np.ceil(np.asarray(tokens, dtype=np.float64) / cut), 1.0)
-        shapes = self._matrices()
-        parts = self._gemms(shapes, local)
+        parts = self._gemms(self._matrices() + self._cross_queries(), local)
         if self.moe is not None:
             parts |= self.moe.parts(local)
             self.sigma |= self.moe.sigma
@@ -131,6 +142,11 @@ class Engine:
             name: value if name == "routed_experts" and self._experts_tuned else value * slow
             for name, value in parts.items()
         }
+        if self.parameters.shared_beside_tokens and "shared_experts" in parts:
+            beside = overlap.beside_routed_experts(parts)
+            parts["shared_experts"] = np.where(
+                local <= self.parameters.shared_beside_tokens, beside, parts["shared_experts"]
+            )
         if self.moe is not None and d.exchange.overlap == "shared":
             parts = overlap.under_shared_expert(parts)
         if self.moe is not None and halves == 2:
@@ -169,7 +185,7 @@ class Engine:
             ]
         if m.experts is not None:
             shapes.append(("router", m.moe_layers, float(m.experts.num_experts), float(m.hidden), False))
-            if m.experts.shared_inter_size:
+            if m.experts.shared_inter_size and not self._shared_fused:
                 # with token exchange the shared expert is replicated over the ranks, as its input is local
                 width = m.experts.shared_inter_size / (1 if self._exchanges_tokens else tp)
                 up = (m.experts.matrices - 1) * width
@@ -181,9 +197,35 @@ class Engine:
             shapes = [(part, times, n, k, narrow and part != "projections") for part, times, n, k, narrow in shapes]
         return shapes
 
+    def _cross_queries(self) -> list[tuple[str, int, float, float, bool]]:
+        """Queries and outputs of cross-attention, as `_matrices`; its keys and values are made with the prompt."""
+        if self.encoder is None:
+            return []
+        a, m, tp = self.model.attention, self.model, self.deployment.tp_size
+        queries = ("projections", m.layers, a.heads / tp * a.head_dim, float(m.hidden), True)
+        return [queries, ("projections", m.layers, float(m.hidden), a.heads / tp * a.v_head_dim, True)]
+
+    def encode(self, prompts: Sequence[int]) -> dict[str, float]:
+        """Parts of encoding whole prompts of these lengths, and of the keys and values the decoder sees of them. [s]"""
+        assert self.encoder is not None
+        d, m, a = self.deployment, self.model, self.model.attention
+        tokens = np.array([max(sum(prompts), 1)], dtype=np.float64)
+        lengths = np.array(prompts, dtype=np.float64)
+        # n queries after (n - 1) / 2 cached tokens form the n^2 pairs of attention both ways
+        attention = float(self.encoder.prefill_attention(lengths, (lengths - 1) / 2).sum()) / d.dp
+        parts = {name: float(value[0]) for name, value in self.encoder.token_parts(tokens, attention).items()}
+        local = np.maximum(np.ceil(tokens / d.dp), 1.0)
+        width = max(1.0, a.kv_heads / d.tp_size) * (a.head_dim + a.v_head_dim)
+        kept = dict(self.sigma)  # spreads stay those of the step's own tokens
+        across = self._gemms([("projections", m.layers, width, float(m.hidden), True)], local)["projections"]
+        self.sigma = kept
+        parts["projections"] += float(across[0]) * self.parameters.kernel_slowdown
+        return parts | {"attention": attention, "host": 0.0}
+
     def _gemms(self, shapes: list[tuple[str, int, float, float, bool]], tokens: Array) -> dict[str, Array]:
         """All dense products of a layer stack in one vectorised call per precision."""
         parts: dict[str, Array] = {}
+        spreads: dict[str, Array] = {}
         for quantised in (True, False):
             chosen = [shape for shape in shapes if shape[4] == quantised]
             if not chosen:
@@ -201,9 +243,11 @@ class Engine:
                 quantise=float(p.quantises),
             )
             seconds, sigma = self.times.seconds(gemm.OPERATOR, features, dtype=p.dtype)
-            for (part, count, _, _, _), row in zip(chosen, seconds.reshape(len(chosen), -1), strict=True):
+            rows = zip(chosen, seconds.reshape(len(chosen), -1), sigma.reshape(len(chosen), -1), strict=True)
+            for (part, count, _, _, _), row, spread_of_row in rows:
                 parts[part] = parts.get(part, np.zeros_like(row)) + count * row
-                self.sigma[part] = sigma
+                spreads[part] = np.maximum(spreads.get(part, 0.0), spread_of_row)
+        self.sigma |= spreads
         return parts
 
     @property
@@ -267,7 +311,8 @@ class Engine:
             local, m.vocab / d.tp_size, m.hidden, weight_bytes=p.weight_bytes, activation_bytes=p.activation_bytes,
             compute_bits=p.compute_bits,
         )  # fmt: skip
-        seconds, self.sigma["head"] = self.times.seconds(gemm.OPERATOR, features, dtype=p.dtype)
+        seconds, sigma = self.times.seconds(gemm.OPERATOR, features, dtype=p.dtype)
+        self.sigma["head"] = float(sigma[0])  # grows with the vocabulary's shape, which all rows share
         seconds = seconds * self.parameters.kernel_slowdown + self._nucleus(local)
         if is_host(self.hardware):
             glue = host_glue.step_features(local, m.vocab / d.tp_size)
@@ -354,6 +399,15 @@ class Engine:
 
         ``finishing_prompts`` of its chunks end their prompt and sample a token; None: all of them.
         """
+        if self.encoder is not None and batch.prefill_chunks:  # an answer begins with a decoder step of its own
+            prompts = [new for new, _ in batch.prefill_chunks]
+            begun = len(prompts) if finishing_prompts is None else finishing_prompts
+            decoding = self.step(Batch(batch.decode_requests + begun, batch.decode_context_tokens + sum(prompts)))
+            both = decoding.parts
+            for name, seconds in self.encode(prompts).items():
+                both[name] = both.get(name, 0.0) + seconds
+            sigma = {name: float(np.ravel(value)[0]) for name, value in self.sigma.items()}
+            return StepBreakdown(**{f"{n}_s": s for n, s in both.items()}, log_sigma=spread(both, sigma))
         rows = self._rows(np.array([max(batch.rows(self._width), 1)], dtype=np.float64))
         attention = self._attention(batch)
         chunks = len(batch.prefill_chunks)
@@ -370,7 +424,7 @@ class Engine:
         timed["draft"] = np.array([self._drafting(batch, rows)])
         parts = {name: float(value[0]) for name, value in timed.items()}
         named = {f"{name}_s": value for name, value in parts.items()}
-        return StepBreakdown(**named, log_sigma=spread(parts, self.sigma))
+        return StepBreakdown(**named, log_sigma=spread(parts, {name: np.max(s) for name, s in self.sigma.items()}))
 
     def _attention(self, batch: Batch) -> float:
         attention = 0.0
@@ -458,6 +512,16 @@ class Engine:
         prefill = _quadratic(self.prefill_attention, chunk, d.dp)
         draft_prefill = (0.0, 0.0, 0.0) if drafts is None else _quadratic(drafts.prompt_attention_s, chunk, d.dp)
         floor, linear, quadratic = (a + b for a, b in zip(prefill, draft_prefill, strict=True))
+        if self.encoder is not None:
+            # the table counts all tokens of a step in the decoder: set right for prompts of the usual length
+            token_s = tabulated(parts)
+            prompt = max(round(chunk), 2)
+            (one, half), alone = (sum(self.encode([n]).values()) for n in (prompt, prompt // 2)), float(token_s[1])
+            linear = (one - float(token_s[prompt]) - half + float(token_s[prompt // 2])) / (prompt - prompt // 2)
+            floor, quadratic = one + alone - float(token_s[prompt]) - linear * prompt, 0.0
+            begun, beside = (token_s[np.minimum(index + more, budget)] for more in (1, prompt))
+            mixed_base_s = mixed_base_s + begun - alone + token_s[prompt] - beside
+            mixed_base_s[0] = 0.0
         detail = StepDetail(
             grid, parts, dict(self.sigma), self._host_per_row, rows, tuple(by_batches), draft_s, draft_slope_s,
             draft_prefill, waiting,

@@ -3,14 +3,22 @@
 At most two named parameters per (engine, version, device), fitted to the logarithm of measured throughput over the
 rows with the model's native top-k and full expert pool. Rows with a cap or a pruned pool are never looked at, so what
 is said of them afterwards is a prediction. The same two numbers hold for every load and every model of the group.
+
+`python -m simmoe.engine_calibration validate/serving` prints the times of each engine and era with the error of models
+left out of the fit; `--releases FILE` those of old releases; `--slow-experts` what becomes of the gains of a cap if no
+expert kernel is exempt from a release's slowdown.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +26,12 @@ from numpy.typing import NDArray
 from simmoe.calibrate import solver
 from simmoe.errors import CalibrationError, SimmoeError
 from simmoe.front_end import front_end_s
-from simmoe.specs.engines import EngineParameters, engine_parameters
-from simmoe.specs.measurement import Table
-from simmoe.validation import serving
+from simmoe.predict import compiled, engine_of
+from simmoe.specs.engines import OVERRIDES, EngineParameters, engine_parameters
+from simmoe.specs.measurement import Table, read_table, table_paths
+from simmoe.validation import gains, serving
+from simmoe.validation.cells import number
 from simmoe.validation.serving import Run, Unspoken
-from simmoe.validation.serving_rows import number
 
 Array = NDArray[np.float64]
 
@@ -84,7 +93,7 @@ def _fit(key: tuple[str, str, str], rows: list[tuple[str, Run, str, float]], fil
         logs = []
         for _, run, quantity, measured in rows:
             deployment = run.deployment.vary(host_time_per_step=host, kernel_slowdown=slowdown)
-            metrics, _, _ = serving.solve(Run(run.hardware, run.model, deployment, run.workload, run.requests))
+            metrics, _, _ = serving.solve(replace(run, deployment=deployment))
             logs.append(math.log(getattr(metrics, quantity) / measured))
         return np.array(logs)
 
@@ -115,18 +124,21 @@ def _fit(key: tuple[str, str, str], rows: list[tuple[str, Run, str, float]], fil
 
 @dataclass(frozen=True)
 class DefaultsFit:
-    """An engine's times around kernels, estimated over many models, and how well models left out are told.
+    """Times around kernels of one entry of engines.yaml, estimated over many models, and how models left out are told.
 
     Attributes
     ----------
-    tpot_percent, ttft_percent : median absolute error of rows of models the fit did not see.
+    entry : engine, and the releases it holds for.
+    models : models among the rows.
+    tpot_percent, ttft_percent : median absolute error of rows of models the fit did not see; NaN with one model.
     """
 
-    engine: str
+    entry: str
     host_time_per_step: float
     front_end_time: float
     front_end_time_per_request: float
     front_end_time_per_token: float
+    models: int
     tpot_rows: int
     ttft_rows: int
     tpot_percent: float
@@ -134,39 +146,42 @@ class DefaultsFit:
 
 
 def estimate_defaults(tables: Iterable[Table]) -> list[DefaultsFit]:
-    """Host time per step from mean TPOT, front-end times from mean TTFT, per engine, by least absolute log error.
+    """Host time per step from mean TPOT, front-end times from mean TTFT, per engine and era.
 
-    Taken are closed loops of at least two rounds whose engine version has no entry of its own: bursts say more of the
-    queue than of the engine. Latencies whose statistic is not named count as means.
+    By least absolute error of logarithms. Taken are closed loops of at least two rounds of releases without a slowdown
+    of their own: bursts say more of the queue than of the engine. A latency of unnamed statistic counts as a mean.
     """
     tpot: dict[str, list[tuple[str, float, Array]]] = defaultdict(list)
     ttft: dict[str, list[tuple[str, float, Array]]] = defaultdict(list)
     for run, measured in _recent_runs(tables):
         bare = run.deployment.vary(host_time_per_step=0.0)
+        own = engine_parameters(bare, run.hardware.device.name)
+        entry = own.engine + (f" before {own.before}" if own.before else "")
         try:
-            metrics, _, _ = serving.solve(Run(run.hardware, run.model, bare, run.workload, run.requests))
+            metrics, _, _ = serving.solve(replace(run, deployment=bare))
         except SimmoeError:
             continue
         prompt, running = run.workload.input.mean, metrics.mean_running
-        in_front = front_end_s(engine_parameters(bare, run.hardware.device.name), running, prompt)
+        in_front = front_end_s(own, running, prompt)
         if "tpot" in measured:
-            tpot[bare.engine].append((run.model.name, measured["tpot"], np.array([metrics.tpot.mean, 1.0])))
+            tpot[entry].append((run.model.name, measured["tpot"], np.array([metrics.tpot.mean, 1.0])))
         if "ttft" in measured:
             columns = np.array([metrics.ttft.mean - in_front, 1.0, running, prompt])
-            ttft[bare.engine].append((run.model.name, measured["ttft"], columns))
+            ttft[entry].append((run.model.name, measured["ttft"], columns))
     fits = []
-    for engine in sorted(tpot):
-        (host,), unseen_tpot = _least_absolute(tpot[engine], (1e-3,))
-        (constant, per_request, per_token), unseen_ttft = _least_absolute(ttft[engine], (0.03, 5e-4, 1e-5))
+    for entry in sorted(tpot):
+        (host,), unseen_tpot = _least_absolute(tpot[entry], (1e-3,))
+        (constant, per_request, per_token), unseen_ttft = _least_absolute(ttft[entry], (0.03, 5e-4, 1e-5))
         fits.append(
             DefaultsFit(
-                engine=engine,
+                entry=entry,
                 host_time_per_step=host,
                 front_end_time=constant,
                 front_end_time_per_request=per_request,
                 front_end_time_per_token=per_token,
-                tpot_rows=len(tpot[engine]),
-                ttft_rows=len(ttft[engine]),
+                models=len({model for model, _, _ in tpot[entry]}),
+                tpot_rows=len(tpot[entry]),
+                ttft_rows=len(ttft[entry]),
                 tpot_percent=unseen_tpot,
                 ttft_percent=unseen_ttft,
             )
@@ -175,7 +190,7 @@ def estimate_defaults(tables: Iterable[Table]) -> list[DefaultsFit]:
 
 
 def _recent_runs(tables: Iterable[Table]) -> Iterator[tuple[Run, dict[str, float]]]:
-    """Closed loops of several rounds of engines whose defaults are in force, with measured means. [s]"""
+    """Closed loops of several rounds of releases that run kernels as measured, with measured means. [s]"""
     for table in tables:
         for row in serving.rows_of(table):
             try:
@@ -183,7 +198,7 @@ def _recent_runs(tables: Iterable[Table]) -> Iterator[tuple[Run, dict[str, float
             except (Unspoken, SimmoeError):
                 continue
             clients, own = run.workload.concurrency, engine_parameters(run.deployment, run.hardware.device.name)
-            if clients is None or (run.requests or 0) < 2 * clients or own.before or own.version or own.device:
+            if clients is None or (run.requests or 0) < 2 * clients or own.version or own.kernel_slowdown != 1.0:
                 continue
             measured = {
                 name: value / 1e3
@@ -221,3 +236,81 @@ def _least_absolute(rows: list[tuple[str, float, Array]], start: tuple[float, ..
     ]
     error = float(100 * np.median(np.abs(np.concatenate(unseen)))) if unseen else math.nan
     return np.exp(fit(np.ones(len(rows), dtype=bool))).tolist(), error
+
+
+def _main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m simmoe.engine_calibration",
+        description="What engines add around kernels, estimated from served runs; errors with each model left out.",
+    )
+    parser.add_argument("paths", nargs="+", type=Path, help="serving tables or folders of them")
+    parser.add_argument(
+        "--releases", action="store_true", help="host time and slowdown per release and device, from throughput"
+    )
+    parser.add_argument("--exclude", nargs="*", default=(), help="with --releases: source ids to leave out")
+    parser.add_argument(
+        "--slow-experts", action="store_true",
+        help="with --releases: the slowdown on every kernel, tuned expert kernels too; and the gains of a cap so told",
+    )  # fmt: skip
+    given = parser.parse_args(arguments)
+    tables = [table for table in map(read_table, table_paths(given.paths)) if serving.is_serving_table(table)]
+    if given.releases:
+        lines = [line for table in tables for line in _release_lines(table, given.exclude, given.slow_experts)]
+    else:
+        lines = [_line(fit) for fit in estimate_defaults(tables)]
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+
+
+def _line(fit: DefaultsFit) -> str:
+    return (
+        f"{fit.entry}: host {1e3 * fit.host_time_per_step:.2f} ms a step ({fit.tpot_rows} TPOT); front end "
+        f"{1e3 * fit.front_end_time:.1f} ms + {1e3 * fit.front_end_time_per_request:.2f} ms a request + "
+        f"{1e6 * fit.front_end_time_per_token:.1f} us a token ({fit.ttft_rows} TTFT); {fit.models} models; "
+        f"median error with the model left out: TPOT {fit.tpot_percent:.1f} %, TTFT {fit.ttft_percent:.1f} %"
+    )
+
+
+def _release_lines(table: Table, exclude: Iterable[str], slow_experts: bool) -> Iterator[str]:
+    with overridden(tuned_expert_shapes=()) if slow_experts else nullcontext():
+        fits = estimate(table, exclude=exclude)
+    for found in fits:
+        p = found.parameters
+        yield (
+            f"{table.path.name}: {p.engine} {p.version or ''} on {p.device}: host {1e3 * p.host_time_per_step:.2f} ms "
+            f"a step, kernels x {p.kernel_slowdown:.2f}; {len(found.rows)} rows, {found.mape_percent:.1f} % mean error "
+            f"(without: {found.mape_before_percent:.1f} %)"
+        )
+        if slow_experts:
+            yield from _gain_lines(table, p)
+
+
+def _gain_lines(table: Table, fitted: EngineParameters) -> Iterator[str]:
+    with overridden(
+        tuned_expert_shapes=(),
+        host_time_per_step=fitted.host_time_per_step,
+        kernel_slowdown=fitted.kernel_slowdown,
+    ):
+        found = [gain for gain in gains.gains(table) if gain.device.endswith(f"x {fitted.device}")]
+    for error in gains.judge(found):
+        yield (
+            f"  gain of {error.setting}, {error.model}: off by {error.mean_abs_error_points:.1f} points over {error.n} "
+            f'rows ("no effect": {error.no_effect_points:.1f}), throughput by {error.throughput_mape_percent:.1f} %'
+        )
+
+
+@contextmanager
+def overridden(**changes: object) -> Iterator[None]:
+    """Every engine's parameters with these values instead of its entry's, while the context lasts."""
+    mark = OVERRIDES.set(changes)
+    compiled.cache_clear()
+    engine_of.cache_clear()
+    try:
+        yield
+    finally:
+        OVERRIDES.reset(mark)
+        compiled.cache_clear()
+        engine_of.cache_clear()
+
+
+if __name__ == "__main__":
+    _main()

@@ -75,6 +75,7 @@ def _load_table(frontier: Frontier, points: Sequence[Point], measured: Measured 
     table.add_column("output\ntokens/s", justify="right")
     table.add_column("gain", justify="right")
     if measured:
+        table.add_column("measured\ntokens/s", justify="right")
         table.add_column("measured\ngain", justify="right")
     if frontier.usd_per_device_hour is not None:
         table.add_column("USD per M\noutput tokens", justify="right")
@@ -83,13 +84,25 @@ def _load_table(frontier: Frontier, points: Sequence[Point], measured: Measured 
     for point in points:
         cells = [point.policy.name, f"{point.tokens_per_s:,.0f}", f"{100 * point.gain:+.1f} %"]
         if measured:
-            gain = measured_gain(frontier, point, measured)
+            speed, gain = measured_output(frontier, point, measured), measured_gain(frontier, point, measured)
+            cells.append("" if speed is None else f"{speed:,.0f}")
             cells.append("" if gain is None else f"{100 * gain:+.1f} %")
         if point.usd_per_million_output_tokens is not None:
             cells.append(f"{point.usd_per_million_output_tokens:.2f}")
         cells += [_score(point, benchmark) for benchmark in frontier.benchmarks]
         table.add_row(*cells)
     return table
+
+
+def measured_output(frontier: Frontier, point: Point, measured: Measured) -> float | None:
+    """Measured output rate of a policy at the point's load: its share of all tokens; None: not run. [tokens/s]"""
+    e, w = frontier.model.experts, frontier.workload
+    assert e is not None
+    if point.policy.refill_to is not None:
+        return None
+    pool = point.policy.total_experts or e.num_experts
+    total = measured.get((round(point.load), point.policy.active_experts, pool))
+    return None if total is None else total * w.output.mean / (w.input.mean + w.output.mean)
 
 
 def measured_gain(frontier: Frontier, point: Point, measured: Measured) -> float | None:
@@ -147,6 +160,7 @@ def frontier_json(frontier: Frontier, measured: Measured | None = None) -> dict[
                 "output_tokens_per_s": p.tokens_per_s,
                 "output_tokens_per_s_interval_90": list(p.prediction.throughput_90),
                 "gain_over_native": p.gain,
+                "measured_output_tokens_per_s": measured_output(frontier, p, measured) if measured else None,
                 "measured_gain_over_native": measured_gain(frontier, p, measured) if measured else None,
                 "usd_per_million_output_tokens": p.usd_per_million_output_tokens,
                 "on_front": list(p.on_front),
@@ -168,8 +182,8 @@ def frontier_json(frontier: Frontier, measured: Measured | None = None) -> dict[
     }
 
 
-def plot(frontier: Frontier, path: Path, benchmark: str | None = None) -> None:
-    """Speed against one benchmark's score, a line per load through its front.
+def plot(frontier: Frontier, path: Path, benchmark: str | None = None, measured: Measured | None = None) -> None:
+    """Speed against one benchmark's score, a line per load through its front; crosses: measured speed, where given.
 
     Raises
     ------
@@ -189,11 +203,14 @@ def plot(frontier: Frontier, path: Path, benchmark: str | None = None) -> None:
             for p, s in known_points:
                 axes.plot([s.score], [p.tokens_per_s], color=look["color"], marker=look["marker"], markersize=4,
                           fillstyle="full" if chosen in p.on_front else "none")  # fmt: skip
+                seen = measured_output(frontier, p, measured) if measured else None
+                if seen is not None:
+                    axes.plot([s.score], [seen], color=look["color"], marker="x", markersize=6, linestyle="none")
                 axes.annotate(
                     p.policy.name, (s.score, p.tokens_per_s), xytext=(4, 4), textcoords="offset points", fontsize=7
                 )
         axes.set_xlabel(f"{chosen} [% correct], measured")
-        axes.set_ylabel("output tokens/s, predicted")
+        axes.set_ylabel("output tokens/s, predicted (x: measured)" if measured else "output tokens/s, predicted")
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:,.0f}")
         axes.yaxis.set_minor_formatter("{x:,.0f}")

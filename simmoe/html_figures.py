@@ -65,7 +65,9 @@ def memory(prediction: Prediction, path: Path) -> None:
         axes.legend(frameon=False, fontsize=8, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.45))
 
 
-def latency(grid: LoadGrid, replicas: int, rate: float, limits: Sequence[Limit], path: Path) -> None:
+def latency(
+    grid: LoadGrid, replicas: int, rate: float, limits: Sequence[Limit], path: Path, how: str = "screened"
+) -> None:
     """TTFT and TPOT at the 99th percentile, and the chance that the objective holds, against the load."""
     rates = grid.requests_per_s * replicas
     sigma = NormalDist().inv_cdf(0.95) * grid.log_sigma
@@ -79,8 +81,13 @@ def latency(grid: LoadGrid, replicas: int, rate: float, limits: Sequence[Limit],
                 if limit.metric == metric:
                     axes.axhline(1e3 * limit.seconds, color="black", linestyle=":", linewidth=1)
                     axes.set_ylim(0, max(1.3e3 * limit.seconds, 1.2 * float(np.interp(rate, rates, values))))
-            axes.set_ylabel(f"{metric.upper()} p99 [ms], screened")
-        chance.plot(rates, [100 * grid.probability(float(r), limits) for r in grid.requests_per_s], **plots.style(2))
+            axes.set_ylabel(f"{metric.upper()} p99 [ms], {how}")
+        # a simulated grid ends before saturation: no chance is told where slower steps would lead beyond it
+        told = grid.requests_per_s * np.exp(3 * grid.log_sigma) <= grid.requests_per_s[-1]
+        told |= how == "screened"
+        odds = [100 * grid.probability(float(r), limits) for r in grid.requests_per_s[told]]
+        chance.plot(rates[told], odds, **plots.style(2))
+        chance.set_ylim(-5, 105)
         chance.set_ylabel("objective holds [% chance]")
         for axes in (ttft, tpot, chance):
             axes.axvline(rate, color="black", linestyle="--", linewidth=1)

@@ -19,8 +19,9 @@ from simmoe.errors import MeasurementError, SpecError
 from simmoe.html_page import Figures, Page
 from simmoe.html_sections import deployment_sections, sources, traffic
 from simmoe.plan_report import chance
+from simmoe.planning.confirm import Trial, simulated_grid
 from simmoe.planning.objective import Limit
-from simmoe.planning.screen import screen
+from simmoe.planning.screen import LoadGrid, screen
 from simmoe.specs import load
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.workload import Workload
@@ -30,6 +31,12 @@ _LATENCY_CAPTION = (
     "dotted: limits; dashed: the load asked for. Screened analytically: where it differs from the simulated figures, "
     "believe the simulation, which sees queues and unlike ranks."
 )
+_SIMULATED_CAPTION = (
+    "99th percentiles against the load of both sides together, a short simulated run a point, with the band that the "
+    "uncertainty of step times makes (90 %); dotted: limits; dashed: the load asked for."
+)
+#: Loads of the simulated figure, as shares of the one asked for, and requests of each of its runs.
+_SHARES, _FIGURE_REQUESTS = (0.1, 0.4, 0.7, 1.0, 1.2, 1.4, 1.6, 1.8, 2.1, 2.5), 500
 
 
 def write(result: Path, out: Path, *, pictures: Path | None = None) -> list[Path]:
@@ -80,16 +87,6 @@ def _plan_page(data: Mapping[str, Any]) -> tuple[str, Figures]:
     else:
         page.parts.append(_recommendation(answer, promise))
         _options(page, data)
-    if (apart := data.get("disaggregated")) is not None:
-        page.heading("Prefill and decode apart")
-        verdict = "cheaper than" if apart["cheaper_than_co_located"] else "no cheaper than"
-        sides = " and ".join(
-            f"{apart[f'{side}_replicas']} {side} replicas of {_sizes(apart[side])}" for side in ("prefill", "decode")
-        )
-        page.text(
-            f"{apart['devices']} x {apart['hardware']}: {sides}, {_usd(apart['usd_per_hour'])} USD/h, {verdict} "
-            f"co-located; holds the objective with {apart['probability_at_least']:.0%} or more, as simulated."
-        )
     page.heading("What would change the answer")
     changes = [[c["change"], c["answer"], _usd(c["usd_per_hour"])] for c in data["what_would_change_it"]]
     page.table(("change", "then", "USD/h"), changes)
@@ -104,34 +101,83 @@ def _plan_page(data: Mapping[str, Any]) -> tuple[str, Figures]:
         f"layouts that cannot serve: {len(data['layouts_that_cannot_serve'])}",
     ]
     if answer is not None:
-        workload, hardware, model = (
-            _workload(q["workload"]),
-            load.load_hardware(answer["hardware"]),
-            load.load_model(answer["model"]),
-        )
-        replica = _deployment(answer["replica"])
-        page.heading("Latency and confidence against load")
-        grid = screen(hardware, model, replica, workload, limits)
-        page.figure(
-            "latency",
-            _LATENCY_CAPTION,
-            lambda path: html_figures.latency(grid, answer["replicas"], q["requests_per_s"], limits, path),
-        )
-        each = workload.vary(rate=q["requests_per_s"] / answer["replicas"])
-        deployment_sections(page, hardware, model, replica, each)
-        page.heading("Start it")
-        page.code("\n\n".join(answer["launch"].values()))
-        asked += [f"coverage: {note}" for note in answer["notes"]]
-        asked += sources(hardware, model)
+        asked += _answer_sections(page, q, answer, limits)
     page.heading("Assumptions and sources")
     page.items(asked)
     page.code(json.dumps(data["provenance"], indent=1))
     return page.render(), page.figures
 
 
+def _answer_sections(
+    page: Page, q: Mapping[str, Any], answer: Mapping[str, Any], limits: tuple[Limit, ...]
+) -> list[str]:
+    """Figures of the layout that decodes, how to start every side; returns sources and coverage."""
+    workload, hardware, model = (
+        _workload(q["workload"]),
+        load.load_hardware(answer["hardware"]),
+        load.load_model(answer["model"]),
+    )
+    side = answer["sides"][-1]
+    replica = _deployment(side["replica"])
+    page.heading("Latency and confidence against load")
+    if len(answer["sides"]) == 1:
+        grid, how, caption = screen(hardware, model, replica, workload, limits), "screened", _LATENCY_CAPTION
+        count = side["replicas"]
+    else:
+        grid, how, caption, count = _simulated(q, answer, limits), "simulated", _SIMULATED_CAPTION, 1
+    page.figure(
+        "latency",
+        caption,
+        lambda path: html_figures.latency(grid, count, q["requests_per_s"], limits, path, how),
+    )
+    if len(answer["sides"]) > 1:
+        page.text(
+            "The figures below show one replica of the decode layout serving whole requests, prompts included: its "
+            "steps, its memory, what caps gain."
+        )
+    each = workload.vary(rate=q["requests_per_s"] / side["replicas"])
+    deployment_sections(page, hardware, model, replica, each)
+    page.heading("Start it")
+    for one in answer["sides"]:
+        role = "" if one["role"] == "serve" else f"{one['role']} "
+        page.text(f"Each of {one['replicas'] + answer['spare_replicas']} {role}replicas, with one of:")
+        page.code("\n\n".join(one["launch"].values()))
+    return [*(f"coverage: {note}" for note in answer["notes"]), *sources(hardware, model)]
+
+
+def _simulated(q: Mapping[str, Any], answer: Mapping[str, Any], limits: tuple[Limit, ...]) -> LoadGrid:
+    """Latencies of prefill and decode replicas together at a few loads."""
+    sides = []
+    for side in answer["sides"]:
+        replica = _deployment(side["replica"])
+        sides.append(replica.vary(gpus=side["replicas"] * replica.devices_per_replica))
+    trial = Trial(
+        hardware=load.load_hardware(answer["hardware"]),
+        model=load.load_model(answer["model"]),
+        deployment=sides[0],
+        decode=sides[1],
+        workload=_workload(q["workload"]),
+        limits=limits,
+        log_sigma=answer["step_log_sigma"],
+        confidence=q["confidence"],
+        seed=q["seed"],
+        requests=_FIGURE_REQUESTS,
+    )
+    return simulated_grid(trial, _SHARES)
+
+
+def _sides(option: Mapping[str, Any]) -> str:
+    """Replicas and sizes of every side, in words."""
+    spare = f" + {option['spare_replicas']} spare" if option["spare_replicas"] else ""
+    said = []
+    for side in option["sides"]:
+        role = "" if side["role"] == "serve" else f" {side['role']}"
+        said.append(f"{side['replicas']}{spare}{role} x ({_sizes(side['replica'])})")
+    return ", ".join(said)
+
+
 def _recommendation(answer: Mapping[str, Any], promise: str) -> str:
     e, c = html.escape, answer["simulated"]
-    spare = f" + {answer['spare_replicas']} spare" if answer["spare_replicas"] else ""
     parts = ", ".join(
         f"{name.replace('_', ' ')} {units.text(s, 's')}" for name, s in answer["largest_step_parts_s"].items()
     )
@@ -143,7 +189,7 @@ def _recommendation(answer: Mapping[str, Any], promise: str) -> str:
     )
     slower = f"every step may be {100 * answer['headroom']:.0f} % slower before it breaks"
     lines = [
-        f"{bought}: {answer['replicas']}{spare} replicas of {_sizes(answer['replica'])}",
+        f"{bought}: {e(_sides(answer))}",
         f"<strong>{answer['usd_per_hour']:,.2f} USD/h</strong>, {dear}",
         f"holds {e(promise)} with probability {sure}; {slower}",
         f"bottleneck: {e(answer['bottleneck'])}; load is {answer['utilisation']:.0%} of what it carries",
@@ -167,7 +213,7 @@ def _options(page: Page, data: Mapping[str, Any]) -> None:
             rows.append(
                 [
                     kind,
-                    f"{o['devices']} x {o['hardware']}, {o['replicas']} x ({_sizes(o['replica'])})",
+                    f"{o['devices']} x {o['hardware']}: {_sides(o)}",
                     _usd(o["usd_per_hour"]),
                     chance(o["probability"]),
                     f"{100 * o['headroom']:+.0f} %",

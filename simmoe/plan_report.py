@@ -11,30 +11,28 @@ from rich.text import Text
 
 from simmoe import units
 from simmoe.planning import launch, whatif
-from simmoe.planning.disaggregated import Split
-from simmoe.planning.search import Option, Plan
+from simmoe.planning.option import Option, Side
+from simmoe.planning.screen import ENGINE_LOG_SIGMA
+from simmoe.planning.search import Plan
 from simmoe.provenance import stamp
 from simmoe.report import metrics_json
 
+#: Rejected options shown.
+_MOST_REJECTED = 4
 
-def plan_table(plan: Plan, apart: Split | None = None) -> RenderableType:
-    """The recommendation, its margin, runner-ups, what would change it, and how to start it.
 
-    ``apart``: the cheapest disaggregated deployment, if it was looked for and found.
-    """
-    parts: list[RenderableType] = [_question(plan)]
+def plan_table(plan: Plan) -> RenderableType:
+    """The recommendation, its margin, runner-ups, what would change it, and how to start it."""
     if plan.answer is None:
-        parts += [Text(no_answer(plan), style="bold red"), _apart(plan, apart)]
-        return Group(*parts)
-    parts += [
+        return Group(_question(plan), Text(no_answer(plan), style="bold red"))
+    return Group(
+        _question(plan),
         _answer(plan, plan.answer),
-        _apart(plan, apart),
         _options(plan),
         _changes(plan),
         _launch(plan.answer),
         _sure(plan),
-    ]
-    return Group(*parts)
+    )
 
 
 def no_answer(plan: Plan) -> str:
@@ -45,6 +43,14 @@ def no_answer(plan: Plan) -> str:
     if q.budget_usd_per_hour is not None:
         limits += f" and {q.budget_usd_per_hour:g} USD/h"
     text = f"No candidate carries {q.rate:g} requests/s with {promise} at {q.confidence:.0%} confidence ({limits})."
+    if plan.closest is None and plan.layouts:
+        least = min(plan.layouts, key=lambda layout: layout.replica.devices_per_replica)
+        devices = least.replica.devices_per_replica * (1 + q.spares)
+        return (
+            f"{text} The smallest replica that holds {least.model.name} is {devices} x {least.offer.name}"
+            f"{' with its spares' if q.spares else ''}, more than may be bought "
+            f"({', '.join(f'{q.affordable(offer)} x {offer.name}' for offer in q.offers)})."
+        )
     if plan.closest is None:
         reasons = "; ".join(f"{what}: {why}" for what, why in plan.refused[:2])
         return f"{text} None could be tried: {reasons or 'not one replica is affordable'}."
@@ -55,42 +61,7 @@ def no_answer(plan: Plan) -> str:
     )
 
 
-def cheaper_apart(plan: Plan, apart: Split | None) -> bool:
-    """Whether prefill and decode on replicas of their own cost less than the co-located answer, or are the only one."""
-    return apart is not None and (plan.answer is None or apart.usd_per_hour < plan.answer.usd_per_hour)
-
-
-def _apart(plan: Plan, apart: Split | None) -> Text:
-    if apart is None:
-        return Text("Disaggregated: nothing found that holds the objective within the means.\n")
-    verdict = "CHEAPER than co-located" if cheaper_apart(plan, apart) else "not cheaper"
-    m = apart.metrics
-    return Text(
-        f"Disaggregated, {verdict}: {apart.name}, {apart.usd_per_hour:,.2f} USD/h; simulated TTFT p99 "
-        f"{units.text(m.ttft.p99, 's')}, TPOT p99 {units.text(m.tpot.p99, 's')}; holds with "
-        f"{plan.question.confidence:.0%} or more\n",
-        style="bold" if cheaper_apart(plan, apart) else "",
-    )
-
-
-def _split_json(plan: Plan, apart: Split) -> dict[str, Any]:
-    return {
-        "model": apart.model_name,
-        "hardware": apart.offer_name,
-        "devices": apart.devices,
-        "prefill": apart.prefill.model_dump(mode="json"),
-        "prefill_replicas": apart.prefill.replicas,
-        "decode": apart.decode.model_dump(mode="json"),
-        "decode_replicas": apart.decode.replicas,
-        "spare_replicas_each": apart.spares,
-        "usd_per_hour": apart.usd_per_hour,
-        "cheaper_than_co_located": cheaper_apart(plan, apart),
-        "probability_at_least": plan.question.confidence,
-        "simulated_metrics": metrics_json(apart.metrics),
-    }
-
-
-def plan_json(plan: Plan, apart: Split | None = None) -> dict[str, Any]:
+def plan_json(plan: Plan) -> dict[str, Any]:
     """The same as plain data, SI units, unit in each name."""
     q = plan.question
     data: dict[str, Any] = {
@@ -101,6 +72,7 @@ def plan_json(plan: Plan, apart: Split | None = None) -> dict[str, Any]:
             "limits": [dataclasses.asdict(limit) for limit in q.limits],
             "confidence": q.confidence,
             "spare_replicas": q.spares,
+            "prefill_and_decode_apart": q.split,
             "offers": [
                 {
                     "hardware": offer.name,
@@ -115,7 +87,6 @@ def plan_json(plan: Plan, apart: Split | None = None) -> dict[str, Any]:
             "seed": q.seed,
         },
         "answer": _option_json(plan, plan.answer) if plan.answer else None,
-        "disaggregated": _split_json(plan, apart) if apart else None,
         "no_answer": None if plan.answer else no_answer(plan),
         "closest": {**_option_json(plan, plan.closest[0]), "holds_objective": False} if plan.closest else None,
         "runner_ups": [_option_json(plan, option) for option in plan.runner_ups],
@@ -138,29 +109,29 @@ def plan_json(plan: Plan, apart: Split | None = None) -> dict[str, Any]:
 
 
 def _option_json(plan: Plan, option: Option) -> dict[str, Any]:
-    layout, c = option.layout, option.confirmation
+    c = option.confirmation
     output = plan.question.workload.output.mean
-    each = option.rate / option.replicas
     return {
-        "model": layout.model.name,
-        "hardware": layout.offer.name,
+        "kind": option.kind,
+        "model": option.model.name,
+        "hardware": option.offer.name,
         "devices": option.devices,
+        "name": option.name,
         "replicas": option.replicas,
         "spare_replicas": option.spares,
-        "replica": layout.replica.model_dump(mode="json"),
+        "sides": [_side_json(side) for side in option.sides],
         "usd_per_hour": option.usd_per_hour,
         "usd_per_million_output_tokens": option.usd_per_million_output_tokens(output),
         "probability": option.probability,
         "headroom": (c.slack if c else option.slack) - 1,
         "headroom_means": "share by which every step may be slower before the objective breaks",
         "bottleneck": option.binding,
-        "largest_step_parts_s": dict(_largest(layout.grid.step_parts_s, 3)),
+        "largest_step_parts_s": dict(_largest(option.layout.grid.step_parts_s, 3)),
         "utilisation": option.utilisation,
         "step_log_sigma": option.log_sigma,
         "screened": {
             "slack": option.slack,
-            "probability": layout.grid.probability(each, plan.question.limits),
-            "saturation_requests_per_s": option.replicas * layout.grid.saturation_requests_per_s,
+            "saturation_requests_per_s": option.rate / option.utilisation,
         },
         "simulated": None
         if c is None
@@ -173,12 +144,29 @@ def _option_json(plan: Plan, option: Option) -> dict[str, Any]:
             "slower_steps_by": c.slow_factor,
             "metrics_with_slower_steps": metrics_json(c.slow_metrics),
         },
-        "launch": {
-            "vllm": launch.vllm(layout.model, layout.replica, layout.offer.hardware),
-            "sglang": launch.sglang(layout.model, layout.replica, layout.offer.hardware),
-        },
-        "notes": list(layout.grid.notes),
+        "notes": list(_notes(option)),
     }
+
+
+def _side_json(side: Side) -> dict[str, Any]:
+    layout = side.layout
+    return {
+        "role": side.role,
+        "replicas": side.replicas,
+        "replica": layout.replica.model_dump(mode="json"),
+        "step_parts_s": layout.grid.step_parts_s,
+        "launch": {
+            engine: command(layout.model, layout.replica, layout.offer.hardware, side.role)
+            for engine, command in _COMMANDS.items()
+        },
+    }
+
+
+_COMMANDS = {"vllm": launch.vllm, "sglang": launch.sglang}
+
+
+def _notes(option: Option) -> dict[str, None]:
+    return dict.fromkeys(note for side in option.sides for note in side.layout.grid.notes)
 
 
 def chance(probability: float) -> str:
@@ -197,7 +185,8 @@ def _question(plan: Plan) -> Text:
     return Text(
         f"{', '.join(m.name for m in q.models)}: {q.rate:g} requests/s, {w.input.mean:g} input and "
         f"{w.output.mean:g} output tokens ({w.input.kind}/{w.output.kind}), {' and '.join(map(str, q.limits))}, "
-        f"confidence {q.confidence:.0%}, {q.spares} spare replicas\nPrices per device-hour: {prices}\n"
+        f"confidence {q.confidence:.0%}, {q.spares} spare replicas{' of each kind' if q.split and q.spares else ''}; "
+        f"prefill and decode {'together or apart' if q.split else 'together'}\nPrices per device-hour: {prices}\n"
         f"Screened {len(plan.layouts)} layouts ({len(plan.refused)} more cannot serve), simulated {plan.trials}.\n"
     )
 
@@ -233,7 +222,7 @@ def _options(plan: Plan) -> Table:
     rows = [
         ("answer", plan.answer),
         *(("runner-up", o) for o in plan.runner_ups),
-        *(("rejected", o) for o in plan.rejected),
+        *(("rejected", o) for o in sorted(plan.rejected, key=lambda o: o.rank)[-_MOST_REJECTED:]),
     ]
     for label, option in rows:
         if option is None or option.confirmation is None:
@@ -248,6 +237,8 @@ def _options(plan: Plan) -> Table:
             units.text(c.metrics.tpot.p99, "s"), f"{option.utilisation:.0%}", option.binding,
         )  # fmt: skip
     table.caption = "TTFT, TPOT, P and headroom as simulated; rejected: cheaper or equal, liked by screening only"
+    if len(plan.rejected) > _MOST_REJECTED:
+        table.caption += f" (the dearest {_MOST_REJECTED} of {len(plan.rejected)})"
     return table
 
 
@@ -265,19 +256,22 @@ def _changes(plan: Plan) -> Table:
 
 
 def _launch(option: Option) -> Text:
-    layout = option.layout
-    return Text(
-        f"\nStart each of {option.replicas + option.spares} replicas with one of\n"
-        f"  {launch.vllm(layout.model, layout.replica, layout.offer.hardware)}\n"
-        f"  {launch.sglang(layout.model, layout.replica, layout.offer.hardware)}\n"
-    )
+    text = ""
+    for side in option.sides:
+        role = "" if side.role == "serve" else f"{side.role} "
+        text += f"\nStart each of {side.replicas + option.spares} {role}replicas with one of\n"
+        for command in _COMMANDS.values():
+            text += f"  {command(option.model, side.layout.replica, option.offer.hardware, side.role)}\n"
+    return Text(text)
 
 
 def _sure(plan: Plan) -> Text:
     assert plan.answer is not None
-    notes = "".join(f"\n  - {note}" for note in plan.answer.layout.grid.notes)
+    notes = "".join(f"\n  - {note}" for note in _notes(plan.answer))
     return Text(
         f"How sure: step times are taken to be off by a common lognormal factor with spread "
-        f"{100 * plan.answer.log_sigma:.0f} %, from residuals of the kernel fits. Not in it: routing that is not "
-        f"uniform, failures, an engine unlike the one assumed, prices.{notes}"
+        f"{100 * plan.answer.log_sigma:.0f} %: residuals of the kernel fits on unseen shapes, wider where efficiencies "
+        f"are borrowed or a shape lies outside what was measured (`simmoe calibrate --beyond`), and "
+        f"{100 * ENGINE_LOG_SIGMA[plan.answer.layout.replica.engine]:.0f} % for the engine around them. Not in it: "
+        f"routing that is not uniform, failures, an engine unlike the one assumed, prices.{notes}"
     )

@@ -97,12 +97,13 @@ class Compiled:
 def compiled(hardware: Hardware, model: Model, deployment: Deployment, mean_context: float, prompt: float) -> Compiled:
     """Engine, step table and memory of a deployment; kept, so that another load costs only the steady state."""
     memory = footprint(model, deployment, hardware, context_tokens=mean_context)
-    engine = _engine(hardware, model, deployment)
+    engine = engine_of(hardware, model, deployment)
     return Compiled(engine, engine.compile(mean_context=mean_context, prompt_tokens=prompt), memory)
 
 
 @lru_cache(maxsize=512)
-def _engine(hardware: Hardware, model: Model, deployment: Deployment) -> Engine:
+def engine_of(hardware: Hardware, model: Model, deployment: Deployment) -> Engine:
+    """The engine of a deployment; kept."""
     return Engine(hardware, model, deployment)
 
 
@@ -195,11 +196,11 @@ def predict_caps(
     return results
 
 
-def default_caps(model: Model) -> tuple[int, ...]:
-    """The native top-k and about three quarters, a half and a quarter of it."""
+def default_caps(model: Model, pool: int | None = None) -> tuple[int, ...]:
+    """The native top-k, or all of a smaller ``pool``, and about three quarters, a half and a quarter of it."""
     if model.experts is None:
         return (0,)
-    k = model.experts.top_k
+    k = min(model.experts.top_k, pool or model.experts.top_k)
     return tuple(sorted({k, max(1, int(0.75 * k)), max(1, k // 2), max(1, round(k / 4))}, reverse=True))
 
 

@@ -99,7 +99,8 @@ def _open(
             f"{workload.rate:g} requests/s saturate the deployment, which carries {capacity * deployment.replicas:.4g} "
             f"requests/s (limit: {curve.limit}); lower --rate, or add GPUs (--gpus) or lower --active-experts"
         )
-    top = max(1, math.floor(curve.in_flight[curve.peak]))
+    # a peak between whole numbers of requests is reached with the next: what is carried stays at it
+    top = max(1, math.ceil(curve.in_flight[curve.peak]))
     n = np.arange(1, top + 1, dtype=np.float64)
     upto = slice(0, curve.peak + 1)
     death = np.interp(n, curve.in_flight[upto], curve.requests_per_s[upto])

@@ -92,7 +92,7 @@ class StepDetail:
     ----------
     grid : token counts at which the parts were timed, shape (n,). [tokens]
     parts_s : part -> time at the grid, shape (n,). [s]
-    log_sigma : part -> spread of ln(measured / predicted). [-]
+    log_sigma : part -> spread of ln(measured / predicted), one for all steps or at the grid, shape (n,). [-]
     host_per_row_s : host time per row that samples; `StepTable.head_s` holds it. [s]
     rows : tokens of a step -> rows its kernels work on, shape (tokens + 1,): captured graphs round up. [tokens]
     prompt_parts_s : as ``parts_s`` for steps with prompts, by the micro-batches these make in a pipeline.
@@ -103,7 +103,7 @@ class StepDetail:
 
     grid: Array
     parts_s: Mapping[str, Array]
-    log_sigma: Mapping[str, float]
+    log_sigma: Mapping[str, float | Array]
     host_per_row_s: float
     rows: Array
     prompt_parts_s: tuple[Mapping[str, Array], ...]
@@ -111,6 +111,14 @@ class StepDetail:
     draft_per_context_s: Array
     draft_prompt_s: tuple[float, float, float]
     pipeline_s: Array
+
+    def log_sigma_at(self, tokens: int) -> dict[str, float]:
+        """Spread of every part in a step of so many tokens. [-]"""
+        rows = self.rows[max(tokens, 1)]
+        return {
+            name: float(np.interp(rows, self.grid, value)) if isinstance(value, np.ndarray) else value
+            for name, value in self.log_sigma.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -232,7 +240,8 @@ class StepTable:
         parts["draft"] = parts.get("draft", 0.0) + drafting
         parts["pipeline"] = parts.get("pipeline", 0.0) + waiting
         fields_of = {f"{name}_s": value for name, value in parts.items()}
-        return StepBreakdown(**fields_of, log_sigma=spread(parts, detail.log_sigma))
+        sigma = detail.log_sigma_at(batch.rows(self.rows_per_decode))
+        return StepBreakdown(**fields_of, log_sigma=spread(parts, sigma))
 
 
 def _of_prompts(batch: Batch, terms: tuple[float, float, float]) -> float:

@@ -68,9 +68,17 @@ def parse(text: str, unit: str) -> float:
 _PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "u"))
 
 
+#: Seconds beyond which nobody reads seconds, and what is read instead. [s]
+_LONG_S = 1000.0
+_LONG = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"))
+
+
 def text(value: float, unit: str, digits: int = 3) -> str:
-    """Format an SI value for people: ``text(0.0231, "s")`` is "23.1 ms"."""
+    """Format an SI value for people: ``text(0.0231, "s")`` is "23.1 ms"; long times are in minutes, hours, days."""
     magnitude = abs(value)
+    if unit == "s" and magnitude >= _LONG_S * (1 - 0.5 * 10.0**-digits):
+        long, name = next((long, name) for long, name in _LONG if magnitude >= 2 * long)
+        return f"{value / long:.{digits}g} {name}"
     if magnitude == 0:
         return f"0 {unit}"
     for scale, prefix in _PREFIXES:

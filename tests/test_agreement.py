@@ -1,7 +1,7 @@
 """Closed form and simulation agree on throughput below 80 % load, over scenarios drawn at random.
 
-Where they differ: the closed form spreads a step's prompts evenly over data-parallel ranks, a simulation waits for the
-rank that got more. Then believe the simulation.
+Where they differ: data-parallel ranks that hold few requests each wait for one another in more ways than the closed
+form counts. Then believe the simulation.
 """
 
 import numpy as np
@@ -82,5 +82,5 @@ def test_closed_form_and_simulation_agree_over_a_hundred_scenarios():
     assert len(found) == 100
     errors = np.array([simulated / predicted - 1 for predicted, simulated, _ in found])
     worst = sorted(zip(abs(errors), (name for *_, name in found), strict=True), reverse=True)[:5]
-    assert (abs(errors) <= 0.05).mean() >= 0.94, worst
+    assert (abs(errors) <= 0.05).mean() >= 0.97, worst
     assert abs(errors.mean()) < 0.02

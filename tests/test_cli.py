@@ -110,6 +110,12 @@ def test_an_open_loop_table_shows_where_it_saturates(simmoe):
     assert "saturates at" in out
 
 
+def test_a_pool_smaller_than_the_native_top_k_takes_caps_that_fit_it(simmoe):
+    status, out, err = simmoe("predict", "h100", "--total-experts", "4", "--json")
+    assert status == 0, err
+    assert [one["active_experts"] for one in json.loads(out)["predictions"]] == [4, 3, 2, 1]
+
+
 def test_a_dense_model_has_no_cap_and_no_quality_note(simmoe):
     status, out, _ = simmoe("predict", "h100", "--model", "llama-3.1-8b")
     assert status == 0

@@ -136,7 +136,8 @@ class ScaledTimes:
         fit = self.times.choose(operator, variant)
         values = fit.values() if fit else operator.defaults
         scaled = {p.name: values[p.name] * self.power.get(p.unit, 1.0) for p in operator.parameters}
-        return operator.seconds(features, scaled, self.hardware, cold), 0.1
+        seconds = operator.seconds(features, scaled, self.hardware, cold)
+        return seconds, np.full(np.shape(seconds), 0.1)
 
 
 @few

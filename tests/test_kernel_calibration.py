@@ -9,7 +9,7 @@ import yaml
 from typer.testing import CliRunner
 
 from simmoe import kernel_calibration
-from simmoe.calibrate import calibrate_operator, samples
+from simmoe.calibrate import Sample, calibrate_operator, samples, scatter_percent
 from simmoe.cli import app
 from simmoe.costs import calibration as calibration_files
 from simmoe.costs.operators import gemm
@@ -202,3 +202,29 @@ def test_one_operator_alone_is_fitted_again_and_the_others_stay(tmp_path):
     plans, _ = kernel_calibration.plan([folder], only=["gemm"])
     with pytest.raises(CalibrationError, match="made from other tables"):
         kernel_calibration.with_others(kernel_calibration.run(plans[0], folds=3, processes=1), folder)
+
+
+# ---- scatter --------------------------------------------------------------------------------------------------------
+
+
+def swept(noise, groups=40, points=13):
+    """Rows of a smooth law of the swept size times log-normal noise; the model knows the law up to a bend."""
+    generator = np.random.default_rng(4)
+    tokens = np.tile(2.0 ** np.arange(points), groups)
+    seconds = 1e-5 * (1 + tokens / 300) * np.exp(noise * generator.standard_normal(tokens.size))
+    group = np.repeat(np.arange(groups), points)
+    sample = Sample({}, {"tokens": tokens}, seconds, group, np.arange(tokens.size))
+    return sample, np.log(seconds / (1e-5 * (1 + tokens / 250)))
+
+
+@pytest.mark.parametrize("noise", [0.02, 0.15])
+def test_scatter_is_the_noise_and_not_the_models_smooth_error(noise):
+    sample, residual = swept(noise)
+    assert scatter_percent(sample, residual, "tokens") == pytest.approx(100 * noise * np.sqrt(2 / np.pi), rel=0.12)
+    assert scatter_percent(sample, residual, None) is None
+
+
+def test_series_of_different_shapes_are_no_neighbours():
+    sample, residual = swept(0.02, groups=2)
+    apart = residual + np.where(sample.groups == 1, 1.0, 0.0)
+    assert scatter_percent(sample, apart, "tokens") == pytest.approx(scatter_percent(sample, residual, "tokens"))

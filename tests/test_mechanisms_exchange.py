@@ -118,6 +118,16 @@ def test_an_oversubscribed_tree_and_colliding_paths_slow_what_crosses_nodes_alon
         assert exchange.exchange_s(algorithm, 1e9, 8, thin) == exchange.exchange_s(algorithm, 1e9, 8, H100)
 
 
+def test_an_oversubscribed_tree_slows_the_measured_kernels_too():
+    """By no more than the rate it leaves, and inside a node not at all."""
+    halved = H100.vary(fabric=Fabric(oversubscription=2.0))
+    for requests in (64, 512):
+        even, slow = (step(requests=requests, hardware=hardware).parts for hardware in (H100, halved))
+        for phase in ("dispatch", "combine"):
+            assert 1.05 * even[phase] < slow[phase] < 2.0 * even[phase]
+    assert step(ranks=8, hardware=halved).total_s == step(ranks=8).total_s
+
+
 def test_an_exchange_over_nodes_without_a_network_says_so():
     with pytest.raises(CoverageError, match="scale_out"):
         exchange.exchange_s("flat", 1e6, 16, H100.vary(scale_out=None))

@@ -278,13 +278,13 @@ def test_the_default_is_uniform_independent_routing():
 
 def test_a_thousand_points_of_routing_statistics_take_under_a_second():
     tokens = np.geomspace(1, 4096, 10)
-    start = time.perf_counter()
+    start = time.process_time()
     for top_k in (1, 2, 4, 8):
         for experts in (8, 16, 32, 64, 128):
             for exponent in (0.0, 0.4, 0.8, 1.0, 1.2):
                 inclusion = popularity.inclusion_from_weights(popularity.zipf_weights(experts, exponent), top_k)
                 expected_load(tokens, experts, top_k, inclusion=inclusion)
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
 
 
 def test_the_flag_reads_laws_and_settings():

@@ -14,12 +14,14 @@ from typer.testing import CliRunner
 from simmoe import cli, plan_report
 from simmoe.errors import CapacityError, SpecError
 from simmoe.planning import launch, runner, whatif
+from simmoe.planning.co_located import cheapest
 from simmoe.planning.confirm import Trial, confirm, scaled
 from simmoe.planning.layouts import layouts
 from simmoe.planning.objective import Limit, limits_from
 from simmoe.planning.offers import offer, offers_from
+from simmoe.planning.question import Question
 from simmoe.planning.screen import LoadGrid, screen
-from simmoe.planning.search import Question, cheapest, plan, screen_all
+from simmoe.planning.search import plan, screen_all
 from simmoe.predict import compiled_for
 from simmoe.specs import load
 from simmoe.specs.deployment import Deployment
@@ -36,7 +38,7 @@ def question(rate=30.0, ttft=1.0, tpot=0.02, offers=None, **changes):
         offers=offers or (offer(H100, 3.0, name="h100"),),
         workload=Workload(rate=rate, input=Lengths(mean=600), output=Lengths(mean=120)),
         limits=(Limit("ttft", "p99", ttft), Limit("tpot", "p99", tpot)),
-        **{"replica_devices": 2, "requests": 300, **changes},
+        **{"replica_devices": 2, "requests": 300, "split": False, **changes},
     )
 
 
@@ -119,23 +121,27 @@ def test_screened_latencies_scale_with_the_steps():
 @given(price=st.floats(0.5, 2.9))
 def test_a_cheaper_device_with_the_same_specs_is_never_ranked_below(price):
     offers = (offer(H100, 3.0, name="dear"), offer(H100, price, name="cheap"))
-    assert plan(question(offers=offers), runner_ups=0).answer.layout.offer.name == "cheap"
+    assert plan(question(offers=offers), runner_ups=0).answer.offer.name == "cheap"
 
 
 @SLOW
 @given(st.sampled_from([0.2, 0.5, 1.0]), st.sampled_from([0.008, 0.012, 0.02, 0.03]), st.data())
 def test_tightening_the_objective_never_lowers_the_price(ttft, tpot, data):
-    tighter = data.draw(st.sampled_from([0.5, 0.8, 0.95]))
-    loose = answered(ttft=ttft, tpot=tpot).answer
-    for tight in (answered(ttft=ttft * tighter, tpot=tpot).answer, answered(ttft=ttft, tpot=tpot * tighter).answer):
+    tighter, split = data.draw(st.sampled_from([0.5, 0.8, 0.95])), data.draw(st.booleans())
+    loose = answered(ttft=ttft, tpot=tpot, split=split).answer
+    for tight in (
+        answered(ttft=ttft * tighter, tpot=tpot, split=split).answer,
+        answered(ttft=ttft, tpot=tpot * tighter, split=split).answer,
+    ):
         assert tight is None or (loose is not None and tight.usd_per_hour >= loose.usd_per_hour)
 
 
 @SLOW
-@given(price=st.floats(0.3, 6), other=st.sampled_from([H200, L40S]))
-def test_another_candidate_never_worsens_the_answer(price, other):
-    fewer = answered().answer
-    more = plan(question(offers=(offer(H100, 3.0, name="h100"), offer(other, price, name="o"))), runner_ups=0).answer
+@given(price=st.floats(0.3, 6), other=st.sampled_from([H200, L40S]), split=st.booleans())
+def test_another_candidate_never_worsens_the_answer(price, other, split):
+    fewer = answered(split=split).answer
+    both = (offer(H100, 3.0, name="h100"), offer(other, price, name="o"))
+    more = plan(question(offers=both, split=split), runner_ups=0).answer
     assert more.usd_per_hour <= fewer.usd_per_hour
 
 
@@ -184,6 +190,16 @@ def test_no_answer_is_said_and_the_nearest_is_marked_as_failing():
     assert "does NOT hold" in text and "TPOT p99 500 us" in text
     data = plan_report.plan_json(found)
     assert data["answer"] is None and data["closest"]["holds_objective"] is False
+
+
+def test_too_few_devices_for_one_replica_are_said():
+    scarce = plan(
+        replace(question(offers=(offer(H100, 3.0, name="h100", available=8),)), models=(V3,), replica_devices=16)
+    )
+    assert scarce.answer is None
+    assert "smallest replica that holds DeepSeek-V3 is 16 x h100, more than may be bought (8 x h100)" in (
+        plan_report.no_answer(scarce)
+    )
 
 
 # ---- simulation -----------------------------------------------------------------------------------------------------
@@ -305,7 +321,28 @@ def test_command_answers_in_json():
     assert result.exit_code == 0
     assert data["answer"]["usd_per_hour"] == 2 * data["answer"]["devices"]
     assert data["answer"]["simulated"]["probability"] >= 0.9
-    assert data["answer"]["launch"]["vllm"].startswith("vllm serve")
+    assert data["answer"]["sides"][0]["launch"]["vllm"].startswith("vllm serve")
+
+
+def test_drafted_tokens_reach_the_search_and_the_launch_lines():
+    asked = [
+        "--hardware",
+        "h100",
+        "--rate",
+        "10",
+        "--tpot-p99",
+        "20ms",
+        "--requests",
+        "100",
+        "--processes",
+        "1",
+        "--json",
+    ]
+    plain, drafted = (
+        json.loads(run_cli(*asked, *more).stdout)["answer"] for more in ([], ["--speculative", "ngram:2,rate=0.7"])
+    )
+    assert drafted["simulated"]["metrics"]["tpot_s"]["p50"] < plain["simulated"]["metrics"]["tpot_s"]["p50"]
+    assert "--speculative-config" in drafted["sides"][0]["launch"]["vllm"]
 
 
 def test_command_fails_where_nothing_holds_the_objective():

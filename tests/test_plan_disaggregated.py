@@ -1,64 +1,114 @@
-"""Prefill and decode apart: held by simulation, counted and priced on both sides."""
+"""Prefill and decode apart: counted, priced and confirmed on both sides, and competing with whole replicas."""
 
 import json
+from dataclasses import replace
+from functools import cache
 
 import pytest
 from typer.testing import CliRunner
 
-from simmoe import cli
-from simmoe.planning.disaggregated import split
+from simmoe import cli, plan_report
+from simmoe.planning import disaggregated, launch, whatif
 from simmoe.planning.objective import Limit
 from simmoe.planning.offers import offer
-from simmoe.planning.search import Question, screen_all
+from simmoe.planning.question import Question
+from simmoe.planning.search import plan, screen_all
 from simmoe.specs import load
+from simmoe.specs.deployment import Deployment
 from simmoe.specs.workload import Lengths, Workload
 
-LITE = load.load_model("deepseek-v2-lite")
+LITE, H100 = load.load_model("deepseek-v2-lite"), load.load_hardware("h100")
 
 
-def asked(**changes):
+def asked(rate=40.0, prompt=2000, answer=100, ttft=1.0, tpot=0.02, **changes):
     known = {
         "models": (LITE,),
-        "offers": (offer(load.load_hardware("h100"), 3.0, name="h100"),),
-        "workload": Workload(rate=40.0, input=Lengths(mean=2000), output=Lengths(mean=100)),
-        "limits": (Limit("ttft", "p99", 1.0), Limit("tpot", "p99", 0.02)),
+        "offers": (offer(H100, 3.0, name="h100"),),
+        "workload": Workload(rate=rate, input=Lengths(mean=prompt), output=Lengths(mean=answer)),
+        "limits": (Limit("ttft", "p99", ttft), Limit("tpot", "p99", tpot)),
         "replica_devices": 1,
         "requests": 300,
     }
     return Question(**{**known, **changes})
 
 
-def found(question):
-    return split(question, screen_all(question)[0])
+@cache
+def apart(**changes):
+    """The cheapest pair that simulation confirms."""
+    question = asked(**changes)
+    options = disaggregated.hopeful(screen_all(question)[0], question)
+    option = min(options, key=lambda one: one.rank, default=None)
+    while option is not None:
+        option = option.simulated(question)
+        if option.holds(question):
+            return option
+        option = disaggregated.grown(option, question)
+    return None
+
+
+def counts(option):
+    return tuple(side.replicas for side in option.sides)
 
 
 def test_both_sides_are_bought_and_the_objective_holds():
-    one = found(asked())
-    assert one.prefill.replicas >= 1 and one.decode.replicas >= 1
-    assert one.usd_per_hour == 3.0 * one.devices == 3.0 * (one.prefill.gpus + one.decode.gpus)
-    assert one.metrics.ttft.p99 <= 1.0 and one.metrics.tpot.p99 <= 0.02
+    one = apart()
+    assert one.split
+    assert min(counts(one)) >= 1
+    assert one.usd_per_hour == 3.0 * one.devices == 3.0 * sum(side.deployment.gpus for side in one.sides)
+    seen = one.confirmation.slow_metrics
+    assert seen.ttft.p99 <= 1.0
+    assert seen.tpot.p99 <= 0.02
 
 
 def test_longer_prompts_ask_for_prefill_replicas_and_longer_answers_for_decode():
-    prompts = found(asked(workload=Workload(rate=40.0, input=Lengths(mean=6000), output=Lengths(mean=50))))
-    answers = found(asked(workload=Workload(rate=40.0, input=Lengths(mean=200), output=Lengths(mean=800))))
-    assert prompts.prefill.replicas > answers.prefill.replicas
-    assert prompts.decode.replicas < answers.decode.replicas
+    prompts, answers = counts(apart(prompt=6000, answer=50)), counts(apart(prompt=200, answer=800))
+    assert prompts[0] > answers[0]
+    assert prompts[1] < answers[1]
 
 
 def test_spares_are_on_both_sides_and_budgets_are_kept():
-    one, spared = found(asked()), found(asked(spares=1))
+    one = apart()
+    question = asked(spares=1)
+    spared = disaggregated.pair(one.sides[0].layout, one.sides[1].layout, counts(one), question)
     assert spared.devices == one.devices + 2
-    assert found(asked(budget_usd_per_hour=one.usd_per_hour - 0.01)) is None
-    assert found(asked(limits=(Limit("tpot", "p99", 1e-4),))) is None
+    poor = asked(budget_usd_per_hour=one.usd_per_hour - 0.01)
+    assert disaggregated.pair(one.sides[0].layout, one.sides[1].layout, counts(one), poor) is None
+    assert apart(tpot=1e-4) is None
+
+
+def test_the_answer_is_never_dearer_for_having_the_choice():
+    """Short answers to long prompts under a tight TPOT: mixed steps break it, decode replicas of their own hold it."""
+    for changes in ({}, {"prompt": 6000, "tpot": 0.012}, {"prompt": 300, "answer": 300}):
+        either, together = plan(asked(**changes)).answer, plan(asked(**changes, split=False)).answer
+        assert either is not None
+        assert together is None or either.usd_per_hour <= together.usd_per_hour
+    assert plan(asked(prompt=6000, tpot=0.012)).answer.split
+
+
+def test_a_split_answer_reads_in_words_and_says_what_would_change_it():
+    found = plan(asked(prompt=6000, tpot=0.012))
+    data = plan_report.plan_json(found)
+    assert [side["role"] for side in data["answer"]["sides"]] == ["prefill", "decode"]
+    assert data["answer"]["kind"] == "disaggregated"
+    said = {change.change: change for change in whatif.changes(found)}
+    assert said["one spare replica of each kind"].usd_per_hour > found.answer.usd_per_hour
+    capped = [change for name, change in said.items() if "active experts instead of" in name]
+    assert capped
+    assert all(change.usd_per_hour <= found.answer.usd_per_hour for change in capped)
+    assert whatif.changes(replace(found, answer=None)) == []
+
+
+def test_launch_lines_say_which_side_they_start():
+    assert "--disaggregation-mode prefill" in launch.sglang(LITE, Deployment(), H100, "prefill")
+    assert "--disaggregation-mode" not in launch.sglang(LITE, Deployment(), H100)
+    assert "NixlConnector" in launch.vllm(LITE, Deployment(), H100, "decode")
+    assert "--kv-transfer-config" not in launch.vllm(LITE, Deployment(), H100)
 
 
 @pytest.mark.parametrize("flag", ["--split", "--no-split"])
-def test_command_says_whether_it_is_cheaper(flag):
+def test_command_lets_them_compete_or_not(flag):
     words = ["plan", "--model", "deepseek-v2-lite", "--hardware", "h100", "--rate", "20", "--tpot-p99", "20ms",
              "--replica-gpus", "1", "--requests", "200", "--processes", "1", "--json", flag]  # fmt: skip
     data = json.loads(CliRunner().invoke(cli.app, words).stdout)
-    assert (data["disaggregated"] is not None) == (flag == "--split")
-    if data["disaggregated"]:
-        cheaper = data["disaggregated"]["usd_per_hour"] < data["answer"]["usd_per_hour"]
-        assert data["disaggregated"]["cheaper_than_co_located"] == cheaper
+    kinds = {option["kind"] for option in (data["answer"], *data["runner_ups"], *data["rejected_by_simulation"])}
+    assert ("disaggregated" in kinds) == (flag == "--split")

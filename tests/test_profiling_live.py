@@ -47,7 +47,7 @@ def poisson():
 def test_every_step_respects_the_limits_of_the_engine(closed):
     assert len(closed.steps) > 20
     for step in closed.steps:
-        assert 0 < step.batch.tokens <= CONFIG.max_num_batched_tokens
+        assert 0 < step.batch.rows() <= CONFIG.max_num_batched_tokens
         assert step.running <= CONFIG.max_num_seqs
         assert step.batch.decode_requests + len(step.batch.prefill_chunks) <= step.running
         assert 0 < step.model_s <= step.wall_s

@@ -17,6 +17,8 @@ from simmoe.plan_report import chance
 PLAN = ["plan", "--model", "deepseek-v2-lite", "--hardware", "h100", "--rate", "20", "--tpot-p99", "20ms",
         "--replica-gpus", "1",
         "--requests", "200", "--processes", "1", "--json"]  # fmt: skip
+SPLIT = [*PLAN, "--input", "6000", "--output", "100", "--ttft-p99", "1s"]
+SPLIT[SPLIT.index("20ms")] = "12ms"
 
 
 @cache
@@ -49,7 +51,8 @@ class Balanced(HTMLParser):
 
 
 @pytest.mark.parametrize(
-    "words", [tuple(PLAN), ("predict", "h100", "--json"), ("predict", "h100", "--model", "qwen3-8b", "--json")]
+    "words",
+    [tuple(PLAN), tuple(SPLIT), ("predict", "h100", "--json"), ("predict", "h100", "--model", "qwen3-8b", "--json")],
 )
 def test_a_page_is_whole_and_asks_nobody_for_anything(tmp_path, words):
     page = page_of(tmp_path, result(*words))
@@ -71,6 +74,16 @@ def test_a_plan_says_what_to_buy_how_surely_and_from_what_sources(tmp_path):
     for words in (f"{answer['usd_per_hour']:,.2f} USD/h", html.escape(chance(answer["probability"])), *said):
         assert words in page
     assert page.count("<figure>") == 5
+
+
+def test_a_split_answer_says_how_many_of_each_and_how_to_start_them(tmp_path):
+    data = json.loads(result(*SPLIT))
+    page = page_of(tmp_path, result(*SPLIT))
+    prefill, decode = data["answer"]["sides"]
+    assert f"{prefill['replicas']} prefill x (tp 1), {decode['replicas']} decode x (tp 1)" in page
+    assert "--disaggregation-mode prefill" in page and "--disaggregation-mode decode" in page
+    assert page.count("<figure>") == 5
+    assert "a short simulated run a point" in page
 
 
 def test_a_plan_without_an_answer_says_so(tmp_path):

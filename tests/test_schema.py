@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -38,7 +39,6 @@ def test_shipped_hardware_has_only_keys_of_the_schema(path):
 
 
 def test_shipped_files_pass_a_validator_and_slips_do_not():
-    jsonschema = pytest.importorskip("jsonschema")
     for kind, folder in (("hardware", "hardware"), ("model", "simmoe/specs/presets")):
         for path in (ROOT / folder).glob("*.yaml"):
             jsonschema.validate(yaml.safe_load(path.read_text()), schema_of(kind))

@@ -7,8 +7,12 @@ import os
 import pytest
 from typer.testing import CliRunner
 
-from simmoe import cli
+from simmoe import cli, plan_report
 from simmoe.errors import MeasurementError, SpecError
+from simmoe.planning.objective import Limit
+from simmoe.planning.offers import offers_from
+from simmoe.planning.question import Question
+from simmoe.planning.search import plan
 from simmoe.planning.sweep import Grid, evaluate, load_grid, points, sweep
 from simmoe.predict import predict
 from simmoe.specs import load
@@ -151,9 +155,23 @@ def test_a_wrong_grid_is_one_line(tmp_path, text, words):
         load_grid(tmp_path / "grid.yaml")
 
 
-@pytest.mark.slow
-def test_ray_gives_the_same_table():
-    pytest.importorskip("ray")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+def test_ray_gives_the_same_table_and_the_same_plan():
+    """One local cluster for both: starting it is most of the time."""
+    import ray
+
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    asked = Question(
+        models=(load.load_model("deepseek-v2-lite"),),
+        offers=offers_from("h100,l40s"),
+        workload=Workload(rate=10.0, input=Lengths(mean=600), output=Lengths(mean=120)),
+        limits=(Limit("tpot", "p99", 0.03),),
+        replica_devices=2,
+        requests=100,
+    )
     grid = small(method="simulated", requests=50)
-    assert sweep(grid, ray="local") == sweep(grid)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    try:
+        assert sweep(grid, ray="auto") == sweep(grid)
+        assert plan_report.plan_json(plan(asked, ray="auto")) == plan_report.plan_json(plan(asked))
+    finally:
+        ray.shutdown()

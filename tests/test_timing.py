@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from simmoe.costs.borrowing import ACROSS, BORROWED_LOG_SIGMA, DEFAULT_LOG_SIGMA
 from simmoe.costs.calibration import Calibration, FittedParameter, OperatorFit
 from simmoe.costs.operators import gemm
-from simmoe.costs.timing import DEFAULT_LOG_SIGMA, KernelTimes, kernel_times
+from simmoe.costs.timing import KernelTimes, kernel_times
 from simmoe.errors import CalibrationError
 from simmoe.specs.load import load_hardware
 
@@ -64,7 +65,7 @@ def test_an_operator_not_measured_here_is_borrowed_with_a_wider_spread():
     own = fit(operator="moe")
     borrowed = times(own, neighbour=calibration(fit(sigma=0.07), device="its neighbour"))
     _, sigma = ask(borrowed)
-    assert sigma == pytest.approx(np.hypot(0.07, borrowed.borrowed_log_sigma))
+    assert sigma == pytest.approx(np.hypot(0.07, BORROWED_LOG_SIGMA[ACROSS]))
     assert sigma > 0.1
     assert "gemm: not measured on this device; efficiencies of its neighbour" in borrowed.notes
     assert ask(times(fit(sigma=0.07)))[1] == 0.07
@@ -106,6 +107,8 @@ def test_a_calibration_of_another_version_is_refused_with_the_remedy():
 def test_a_device_without_calibration_says_whose_efficiencies_it_uses():
     borrowed = kernel_times(load_hardware("a800-pcie"), "vllm")
     stranger = H100.vary(calibration=None, nearest_calibration="a100_sxm")  # another generation
-    assert kernel_times(stranger, "vllm").borrowed_log_sigma > borrowed.borrowed_log_sigma
+    assert (
+        ask(kernel_times(stranger, "vllm"))[1] > ask(borrowed)[1] > ask(kernel_times(load_hardware("a100"), "vllm"))[1]
+    )
     assert borrowed.own is None
     assert any("is not calibrated: efficiencies of" in note for note in borrowed.notes)

@@ -55,11 +55,20 @@ def test_bare_numbers_are_si_in_code_and_refused_in_files():
 
 @given(st.floats(1e-8, 1e16))
 def test_formatting_keeps_three_digits_and_a_readable_mantissa(value):
-    number, unit = units.text(value, "s").split()
+    number, unit = units.text(value, "B").split()
     scale = {"P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3, "": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}[unit[:-1]]
     assert float(number) * scale == pytest.approx(value, rel=6e-3)
-    assert value < 1e-6 or 0.999 <= float(number) < 1000 or unit == "Ps"
+    assert value < 1e-6 or 0.999 <= float(number) < 1000 or unit == "PB"
     assert math.copysign(1, float(number)) == 1
+
+
+@given(st.floats(1e-8, 1e9))
+def test_times_are_read_in_seconds_and_long_ones_in_minutes_hours_and_days(value):
+    number, unit = units.text(value, "s").split()
+    scale = {"d": 86400.0, "h": 3600.0, "min": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}[unit]
+    assert float(number) * scale == pytest.approx(value, rel=6e-3)
+    assert (scale > 1) == (value >= 1000) or value == pytest.approx(1000, rel=1e-3)
+    assert not scale > 1 or float(number) >= 2
 
 
 def test_formatting_rounds_up_to_the_next_prefix():

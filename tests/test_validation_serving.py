@@ -13,7 +13,9 @@ from simmoe.front_end import delayed, front_end_s
 from simmoe.specs.engines import EngineParameters
 from simmoe.specs.measurement import read_table
 from simmoe.validation import gains, serving
-from simmoe.validation.serving_rows import LIMITS, ROUNDS, Unspoken, describe
+from simmoe.validation.engine_limits import LIMITS
+from simmoe.validation.row_traffic import ROUNDS
+from simmoe.validation.serving_rows import Unspoken, describe
 
 COLUMNS = [
     *("source_id", "model", "gpu", "num_gpus", "engine", "engine_version", "tp", "ep", "dp", "dp_attention"),

@@ -9,15 +9,16 @@ among such rows. Checked against: validate/, profiles/*/{mla,attention}_*.csv.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from simmoe.costs.borrowing import DEFAULT_LOG_SIGMA
 from simmoe.costs.operators import bmm, gemm, gqa, mla
 from simmoe.costs.operators.attention_kernel import EARLY_ARCHITECTURES
 from simmoe.costs.precision import Precision
-from simmoe.costs.timing import DEFAULT_LOG_SIGMA, KernelTimes
+from simmoe.costs.timing import KernelTimes
 from simmoe.specs.deployment import BYTES_PER_ELEMENT, Deployment
 from simmoe.specs.hardware import Hardware
 from simmoe.specs.model import Model
@@ -40,7 +41,7 @@ class AttentionLayers:
 
     Attributes
     ----------
-    sigma : log spread of the last kernel timed. [-]
+    spreads : log spread of the decode and the prefill kernels timed last. [-]
     """
 
     hardware: Hardware
@@ -49,7 +50,12 @@ class AttentionLayers:
     times: KernelTimes
     precision: Precision
     queries: int = 1
-    sigma: float = DEFAULT_LOG_SIGMA
+    spreads: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def sigma(self) -> float:
+        """Log spread of attention: that of the less sure kernel. [-]"""
+        return max(self.spreads.values(), default=DEFAULT_LOG_SIGMA)
 
     def decode(self, requests: Array, context: Array) -> Array:
         """Attention of ``requests`` decoding requests with a mean ``context`` each, all layers. [s]"""
@@ -90,7 +96,7 @@ class AttentionLayers:
             kv_heads = max(1.0, a.kv_heads / d.tp_size)
             windowed = a.windowed_layers if a.sliding_window else 0
             total = np.zeros(np.broadcast_shapes(batch.shape, context.shape))
-            sigma = DEFAULT_LOG_SIGMA
+            sigma = np.full(total.shape, DEFAULT_LOG_SIGMA)
             inside = np.minimum(context, a.sliding_window or 1)
             for layers, seen in ((m.layers - windowed, context), (windowed, inside)):
                 if layers:
@@ -100,7 +106,7 @@ class AttentionLayers:
                     )  # fmt: skip
                     seconds, sigma = self.times.seconds(gqa.ATTENTION_DECODE, features)
                     total = total + layers * seconds
-        self.sigma = sigma
+        self.spreads["decode"] = _mean(sigma, total)
         return np.asarray(total, dtype=np.float64)
 
     def prefill(self, new: Array, cached: Array) -> Array:
@@ -133,7 +139,7 @@ class AttentionLayers:
             kv_heads = max(1.0, a.kv_heads / d.tp_size)
             windowed = a.windowed_layers if a.sliding_window else 0
             total = np.zeros(np.broadcast_shapes(new.shape, cached.shape))
-            sigma = DEFAULT_LOG_SIGMA
+            sigma = np.full(total.shape, DEFAULT_LOG_SIGMA)
             window = float(a.sliding_window or 0)
             for layers, share in ((m.layers - windowed, one), (windowed, _window_share(new, cached, window))):
                 if layers:
@@ -143,7 +149,7 @@ class AttentionLayers:
                     )  # fmt: skip
                     seconds, sigma = self.times.seconds(gqa.ATTENTION_PREFILL, features)
                     total = total + layers * seconds * share
-        self.sigma = sigma
+        self.spreads["prefill"] = _mean(sigma, total)
         return np.asarray(total, dtype=np.float64)
 
     def mixed(self, requests: Array, context: Array) -> Array:
@@ -175,6 +181,11 @@ class AttentionLayers:
                 seconds, _ = self.times.seconds(gqa.ATTENTION_PREFILL, features)
                 total = total + layers * seconds / 2
         return np.maximum(alone, total)
+
+
+def _mean(sigma: Array, seconds: Array) -> float:
+    """Spread of several kernels, those that take longer counting for more. [-]"""
+    return float(np.average(np.broadcast_to(sigma, seconds.shape), weights=seconds))
 
 
 def _window_share(new: Array, cached: Array, window: float) -> Array:

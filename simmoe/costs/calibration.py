@@ -39,6 +39,9 @@ class OperatorFit(Spec):
     held_out_p90_ape_percent: float
     roofline_mape_percent: float
     inside_90_percent: float | None = None
+    scatter_percent: float | None = Field(
+        default=None, description="Mean error neighbouring rows leave to any smooth model of the swept size."
+    )
     rows: int
     groups: int
     ranges: dict[str, tuple[float, float]]

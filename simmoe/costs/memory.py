@@ -98,8 +98,14 @@ def _stage_bytes(model: Model, d: Deployment, stage: Stage) -> float:
         + stage.dense_layers * count.dense_ffn_layer / tp
         + moe_layers * shared
     )
+    before = 0.0
+    if (stack := model.encoder_stack) is not None:  # no table of its own, but cross-attention in every decoder layer
+        table_bytes = table * formats.plain.weight_bytes
+        across = layers * (split + attention.replicated) * formats.dense.weight_bytes
+        before = weights_per_device_bytes(stack, d) - table_bytes + across
     return (
-        dense_elements * formats.dense.weight_bytes
+        before
+        + dense_elements * formats.dense.weight_bytes
         + (layers * (split + attention.replicated) * formats.plain.weight_bytes if d.wide_attention else 0.0)
         + moe_layers * experts_held * count.routed_expert * formats.experts.weight_bytes
         + (plain_elements + table) * formats.plain.weight_bytes
@@ -158,7 +164,11 @@ def _mla_extra_bytes(model: Model, deployment: Deployment) -> float:
 
 
 def kv_bytes_per_token(model: Model, deployment: Deployment) -> float:
-    """KV cache of one token on one device, all its layers and the drafter's, before any window is full. [B]"""
+    """KV cache of one token on one device, all its layers and the drafter's, before any window is full. [B]
+
+    Behind an encoder, a decoder layer keeps the prompt's keys and values for cross-attention and the answer's own: one
+    pair a token all the same.
+    """
     layers = -(-model.layers // deployment.pp)
     elements = layers * kv_elements_per_token(model.attention, deployment.tp_size)
     if (found := drafter(model, deployment)) is not None:
@@ -185,6 +195,10 @@ def check_layout(model: Model, deployment: Deployment) -> None:
         raise SpecError(f"tp {tp} does not divide the {a.heads} heads of {model.name}; tp may be {fits}")
     if (found := drafter(model, deployment)) is not None and found[0].attention.heads % tp:
         raise SpecError(f"tp {tp} does not divide the {found[0].attention.heads} heads of {found[0].name}")
+    if model.encoder is not None and deployment.pp > 1:
+        raise SpecError(f"pp {deployment.pp}: {model.name} has an encoder; pipelines of two stacks are not modelled")
+    if model.encoder is not None and found is not None:
+        raise SpecError(f"speculation: {model.name} has an encoder; drafting behind one is not modelled")
     if deployment.pp > model.layers:
         raise SpecError(f"pp {deployment.pp} exceeds the {model.layers} layers of {model.name}")
     experts = model.experts

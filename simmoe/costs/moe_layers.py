@@ -16,13 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmoe.costs import collectives, exchange, offload, padding
-from simmoe.costs.operators import alltoall, experts, experts_deepgemm, tuned_tiles
+from simmoe.costs.operators import alltoall, experts, experts_deepgemm, nccl, tuned_tiles
 from simmoe.costs.operators.base import Features
 from simmoe.costs.overlap import LOW_LATENCY_HELD
 from simmoe.costs.precision import Precision
 from simmoe.costs.timing import KernelTimes
 from simmoe.routing.capacity import dropped_share, padded_load, slots_per_expert, waste_factor
-from simmoe.routing.expert_load import ExpertLoad
+from simmoe.routing.expert_load import ExpertLoad, with_shared
 from simmoe.routing.groups import nodes_per_token
 from simmoe.routing.layers import LayerKind, layer_kinds
 from simmoe.routing.popularity import cap_inclusion
@@ -50,6 +50,7 @@ class MoeLayers:
     model, deployment, times, precision : what runs where, and how kernels are timed.
     top_k, pool : experts per token after the cap, experts after pruning.
     inclusion : native inclusion of each expert, shape (pool,); overrides the deployment's popularity. [-]
+    shared_fused : whether the shared expert runs in the routed experts' kernel, as one more expert of every token.
 
     Attributes
     ----------
@@ -63,7 +64,8 @@ class MoeLayers:
     top_k: int
     pool: int
     inclusion: Array | None = None
-    sigma: dict[str, float] = field(default_factory=dict)
+    shared_fused: bool = False
+    sigma: dict[str, float | Array] = field(default_factory=dict)
 
     @cached_property
     def experts(self) -> Experts:
@@ -164,6 +166,13 @@ class MoeLayers:
         measured = nodes_per_token(self.pool, k, nodes, nodes, min(nodes, BENCHMARK_NODES))
         return (ours - 1.0) / (measured - 1.0)
 
+    def _rank_share(self, kind: LayerKind) -> float:
+        """Ranks of one node a token goes to, over those it would reach if it could choose any expert. [-]"""
+        if self.nodes > 1 or kind.placement is not None or kind.balanced or kind.top_k < 1:
+            return 1.0
+        k = max(1, round(kind.top_k))
+        return alltoall.group_rank_share(self.pool, k, self._ranks, kind.num_groups, kind.top_groups)
+
     def _wire_bytes(self, phase: str) -> float:
         """Bytes per element on the wire: activations of 8-bit products go out in 8 bits, results come back in 16."""
         return 1.0 if phase == "dispatch" and self.precision.experts.compute_bits == 8 else 2.0
@@ -204,17 +213,18 @@ class MoeLayers:
             return padding.loop_s(
                 self.times, load, self.model.hidden, self._inter, e.matrices, p, d.dispatch.launch_time
             )
+        shared = int(self.shared_fused)
         features = experts.features_of(
-            load,
+            with_shared(load) if shared else load,
             hidden=self.model.hidden,
             inter=self._inter,
-            top_k=kind.top_k,
-            num_experts=kind.slots,
+            top_k=kind.top_k + shared,
+            num_experts=kind.slots + shared,
             matrices=e.matrices,
             weight_bytes=p.weight_bytes,
             activation_bytes=p.activation_bytes,
             compute_bits=p.compute_bits,
-            dispatched=self.exchanges_tokens,
+            dispatched=self.exchanges_tokens and d.exchange.algorithm != "gather",
         )
         seconds, self.sigma["routed_experts"] = self._block(features, local)
         if d.dispatch.kind == "einsum":
@@ -222,7 +232,7 @@ class MoeLayers:
             seconds = seconds + padding.einsum_s(self.times, local, slots, self.model.hidden)
         return seconds
 
-    def _block(self, features: Features, local: Array) -> tuple[Array, float]:
+    def _block(self, features: Features, local: Array) -> tuple[Array, Array]:
         d, p = self.deployment, self.precision.experts
         wide = d.exchange.algorithm.startswith("deepep") or (d.exchange.algorithm == "auto" and self.nodes > 1)
         if self.exchanges_tokens and wide and d.engine == "sglang" and p.dtype == "fp8_block":
@@ -232,7 +242,8 @@ class MoeLayers:
                 for phase in ("generation", "context")
             }
             quick = self._low_latency(np.maximum(local / d.tp_size, 1.0))
-            return np.where(quick, timed["generation"][0], timed["context"][0]), max(s for _, s in timed.values())
+            few, many = timed["generation"], timed["context"]
+            return np.where(quick, few[0], many[0]), np.where(quick, few[1], many[1])
         source = experts.preferred_kernel(d.engine, p.dtype, expert_parallel=d.ep > 1)
         asked = {"dtype": p.dtype, "kernel_source": source} if source else {"dtype": p.dtype}
         fit = self.times.choose(experts.MOE, asked)
@@ -260,6 +271,8 @@ class MoeLayers:
         d, hardware = self.deployment, self.times.hardware
         width = self._wire_bytes(phase)
         algorithm = d.exchange.algorithm
+        if algorithm == "gather":
+            return self._gathered(phase, per_rank)
         if hardware.fabric is not None and hardware.fabric.torus and not algorithm.startswith("flat"):
             algorithm = "flat"  # on a torus there is one way
         if algorithm in ("flat", "hierarchical", "two_dh", "coordinated"):
@@ -282,10 +295,28 @@ class MoeLayers:
                 nodes=self.nodes,
                 bytes_per_element=width,
                 node_share=self._node_share(kind),
+                rank_share=self._rank_share(kind),
             )
-            seconds, self.sigma[phase] = self.times.seconds(
-                alltoall.OPERATOR, features, framework=framework, kernel=name, phase=phase
+            chosen.append(
+                self.times.seconds(alltoall.OPERATOR, features, framework=framework, kernel=name, phase=phase)
             )
-            chosen.append(seconds)
         # low-latency buffers hold up to 128 tokens a rank in production (DeepEP's README)
-        return np.where(self._low_latency(per_rank), *chosen)
+        quick = self._low_latency(per_rank)
+        self.sigma[phase] = np.where(quick, *(sigma for _, sigma in chosen))
+        return np.where(quick, *(seconds for seconds, _ in chosen))
+
+    def _gathered(self, phase: str, per_rank: Array) -> Array:
+        """All-gather of every rank's tokens, or reduce-scatter of what they became, in 16 bits. [s]"""
+        ranks, hardware = self._ranks, self.times.hardware
+        message = per_rank * ranks * self.model.hidden * 2.0
+        if self.nodes > 1:
+            self.sigma[phase] = 0.5
+            inside = min(ranks, hardware.devices_per_node)
+            link = hardware.scale_out or hardware.scale_up
+            return collectives.ring_all_gather_s(message, inside, hardware.scale_up) + collectives.ring_all_gather_s(
+                message, self.nodes, link
+            )
+        operation = "all_gather" if phase == "dispatch" else "reduce_scatter"
+        features = nccl.features_of(operation, message, ranks)
+        seconds, self.sigma[phase] = self.times.seconds(nccl.OPERATOR, features, operation=operation)
+        return seconds

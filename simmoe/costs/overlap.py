@@ -31,6 +31,14 @@ def under_shared_expert(parts: Mapping[str, Array]) -> dict[str, Array]:
     return {**parts, "dispatch": np.maximum(parts["dispatch"] - parts["shared_experts"], 0.0)}
 
 
+def beside_routed_experts(parts: Mapping[str, Array]) -> Array:
+    """What shows of a shared expert that runs on a second stream while the routed ones do. [s]
+
+    Right while both are bound by launches and latency; large batches fill the device and gain nothing.
+    """
+    return np.maximum(parts["shared_experts"] - parts["routed_experts"], 0.0)
+
+
 def two_batches(
     parts: Mapping[str, Array], attention_s: Array | float, held: Array | float, moe_share: float
 ) -> dict[str, Array]:

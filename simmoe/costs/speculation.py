@@ -98,7 +98,7 @@ class Stack(Protocol):
     deployment: Deployment
     times: KernelTimes
     precision: Precision
-    sigma: dict[str, float]
+    sigma: dict[str, float | Array]
 
     @property
     def attention(self) -> AttentionLayers:
@@ -162,5 +162,9 @@ class Drafts:
     @property
     def sigma(self) -> float:
         """Log spread: that of the worst fitted part. [-]"""
-        fitted = {name: value for name, value in self.stack.sigma.items() if name not in ("host", "elementwise")}
+        fitted = {
+            name: float(np.max(value))
+            for name, value in self.stack.sigma.items()
+            if name not in ("host", "elementwise")
+        }
         return max(fitted.values(), default=0.5)

@@ -16,22 +16,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from simmoe.costs import borrowing
+from simmoe.costs.borrowing import DEFAULT_LOG_SIGMA
 from simmoe.costs.calibration import Calibration, OperatorFit, load
 from simmoe.costs.operators.base import Features, Operator
 from simmoe.costs.operators.host import is_host, operator_on
-from simmoe.errors import CalibrationError, SpecError
+from simmoe.errors import CalibrationError
 from simmoe.specs.engines import KernelChoice
 from simmoe.specs.hardware import Hardware
-from simmoe.specs.load import calibration_path, load_hardware
+from simmoe.specs.load import calibration_path
 
 Array = NDArray[np.float64]
 
-#: Spread of ln(measured / predicted) that borrowing another device's efficiencies adds: within an architecture, and
-#: across. Measured by predicting one calibrated device from another's fit on its own data sheet: H100 to H200 6 to 9 %
-#: for matrix products and experts, 3 to 8 % for attention; across generations 18 to 50 %.
-BORROWED_LOG_SIGMA = {True: 0.10, False: 0.35}
-#: The same for an operator nobody measured here: documented default parameters.
-DEFAULT_LOG_SIGMA = 0.5
 #: How much each agreement with the variant asked for counts; keys not listed count 1.
 _AGREEMENT = {
     "operation": 32.0,
@@ -46,6 +42,8 @@ _FRAMEWORK = 4.0
 #: Measured formats nearest to ones nobody measured: 4-bit weights whose products run on 16-bit activations. [-]
 _STANDS_IN = {"mxfp4": "bfloat16", "int4": "bfloat16"}
 _STAND_IN = 6.0
+#: Farther outside than this is told. [-]
+_BARELY = 1e-3
 
 
 @dataclass
@@ -61,8 +59,6 @@ class KernelTimes:
     kernels : operator -> the kernel the engine is known to run, measured on this device or, failing that, on another
         whose efficiencies are borrowed. It goes before the framework.
 
-    borrowed_log_sigma : what borrowing adds to the spread. [-]
-
     Attributes
     ----------
     notes : substitutions and extrapolations met so far, in words.
@@ -73,15 +69,15 @@ class KernelTimes:
     neighbour: Calibration | None
     framework: str
     kernels: Mapping[str, KernelChoice] = field(default_factory=dict)
-    borrowed_log_sigma: float = BORROWED_LOG_SIGMA[False]
     notes: dict[str, None] = field(default_factory=dict)
     _chosen: dict[tuple[str, str, tuple[tuple[str, str], ...]], OperatorFit | None] = field(default_factory=dict)
-    _from_neighbour: set[OperatorFit] = field(default_factory=set)
+    _measured_on: dict[OperatorFit, Hardware | None] = field(default_factory=dict)
+    _values: dict[OperatorFit, dict[str, float]] = field(default_factory=dict)
 
     def seconds(
         self, operator: Operator, features: Features, *, cold: bool = True, **variant: str
-    ) -> tuple[Array, float]:
-        """Time of every row and the log spread of such a prediction. [s], [-]
+    ) -> tuple[Array, Array]:
+        """Time of every row and the log spread of each such prediction. [s], [-]
 
         ``cold``: weights come from device memory, as in a layer stack; False only to compare with benchmarks.
         """
@@ -90,12 +86,27 @@ class KernelTimes:
             variant.pop("framework", None)  # of a GPU engine's kernels
         fit = self.choose(operator, variant)
         if fit is None:
-            return operator.seconds(features, operator.defaults, self.hardware, cold), DEFAULT_LOG_SIGMA
-        self._extrapolation(operator, fit, features)
-        sigma = fit.log_sigma
-        if fit in self._from_neighbour:
-            sigma = float(np.hypot(sigma, self.borrowed_log_sigma))
-        return operator.seconds(features, fit.values(), self.hardware, cold), sigma
+            seconds = operator.seconds(features, operator.defaults, self.hardware, cold)
+            return seconds, np.full(np.shape(seconds), DEFAULT_LOG_SIGMA)
+        seconds = operator.seconds(features, self.values(operator, fit), self.hardware, cold)
+        distance = np.broadcast_to(borrowing.beyond(fit, features), np.shape(seconds))
+        if distance.max(initial=0.0) > _BARELY:
+            self._note_extrapolation(operator, fit, features)
+        return seconds, np.hypot(self.log_sigma(fit), borrowing.extrapolated_log_sigma(distance))
+
+    def values(self, operator: Operator, fit: OperatorFit) -> dict[str, float]:
+        """A fit's parameters on this device, carried over from the one it was measured on."""
+        if fit not in self._values:
+            of = self._measured_on.get(fit, self.hardware)
+            self._values[fit] = borrowing.carried_over(operator, fit, of, self.hardware)
+        return self._values[fit]
+
+    def log_sigma(self, fit: OperatorFit) -> float:
+        """Spread of a fit's predictions on this device, inside the range measured. [-]"""
+        if fit not in self._measured_on:
+            return fit.log_sigma
+        added = borrowing.borrowed_log_sigma(fit.operator, self._measured_on[fit], self.hardware)
+        return float(np.hypot(fit.log_sigma, added))
 
     def choose(self, operator: Operator, variant: Mapping[str, str]) -> OperatorFit | None:
         """The fit that answers for a variant, None where nothing was measured; notes what was substituted.
@@ -126,17 +137,18 @@ class KernelTimes:
         own = max(self.own.of(operator.name), key=agreement, default=None) if self.own else None
         other = max(self.neighbour.of(operator.name), key=agreement, default=None) if self.neighbour else None
         best = own or other
-        if own and other and _formats_met(own, wanted) < _formats_met(other, wanted):
-            best = other  # a kernel of this number format on a neighbour, before another format's on this device
+        if other and self.neighbour:
+            self._measured_on[other] = borrowing.measured_hardware(self.neighbour.device)
+        if own and other:
+            # a kernel of this number format on a neighbour, before another format's on this device
+            best = other if _formats_met(own, wanted) < _formats_met(other, wanted) else own
         if best is None:
             self.notes[f"{operator.name}: no measurement; documented default parameters"] = None
             self._chosen[key] = None
             return None
-        if best is other and self.neighbour:
-            self._from_neighbour.add(best)
-            if self.own:
-                note = f"{operator.name}: not measured on this device; efficiencies of {self.neighbour.device}"
-                self.notes[note] = None
+        if best is other and self.neighbour and self.own:
+            note = f"{operator.name}: not measured on this device; efficiencies of {self.neighbour.device}"
+            self.notes[note] = None
         lacking = [p.name for p in operator.parameters if p.name not in best.parameters]
         if lacking:
             raise CalibrationError(
@@ -166,20 +178,20 @@ class KernelTimes:
             if fits:
                 best = max(fits, key=lambda fit: sum(fit.variant.get(name) == value for name, value in wanted.items()))
                 if place is not self.own:
-                    self._from_neighbour.add(best)
                     where = place.device if place else ""
+                    self._measured_on[best] = borrowing.measured_hardware(where)
                     self.notes[f"{operator.name}: {choice.kernel_source} kernel with efficiencies of {where}"] = None
                 return best
         return None
 
-    def _extrapolation(self, operator: Operator, fit: OperatorFit, features: Features) -> None:
+    def _note_extrapolation(self, operator: Operator, fit: OperatorFit, features: Features) -> None:
         for name, (low, high) in fit.ranges.items():
             values = features.get(name)
             if values is None or not np.size(values):
                 continue
             seen_low, seen_high = float(np.min(values)), float(np.max(values))
-            if seen_high > high * 1.001 or seen_low < low * 0.999:
-                worst = seen_high if seen_high > high * 1.001 else seen_low
+            if seen_high > high * (1 + _BARELY) or seen_low < low * (1 - _BARELY):
+                worst = seen_high if seen_high > high * (1 + _BARELY) else seen_low
                 measured = f"{_figure(low)}..{_figure(high)}"
                 self.notes[f"{operator.name}: {name} {_figure(worst)} outside measured {measured}"] = None
 
@@ -192,10 +204,9 @@ def kernel_times(hardware: Hardware, framework: str, kernels: Mapping[str, Kerne
     """Kernel times from the hardware's own calibration, else its nearest neighbour's, else defaults. Notes which."""
     own = _load(calibration_path(hardware.calibration)) if hardware.calibration else None
     neighbour = _load(calibration_path(hardware.nearest_calibration)) if hardware.nearest_calibration else None
-    same = neighbour is not None and _architecture(hardware.nearest_calibration) == hardware.device.architecture
     if is_host(hardware):
         framework = "torch"  # whatever the engine, a CPU's operators are torch's
-    times = KernelTimes(hardware, own, neighbour, framework, kernels or {}, BORROWED_LOG_SIGMA[same])
+    times = KernelTimes(hardware, own, neighbour, framework, kernels or {})
     if own is None:
         device = hardware.device.name
         times.notes[
@@ -210,15 +221,6 @@ def _formats_met(fit: OperatorFit, wanted: Mapping[str, str]) -> int:
     """How many of the number formats asked for a fit was made for."""
     formats = ("dtype", "gemm_dtype", "kv_cache_dtype")
     return sum(fit.variant.get(name) == wanted[name] for name in formats if name in wanted)
-
-
-@lru_cache(maxsize=32)
-def _architecture(profile: str | None) -> str | None:
-    """Architecture of the device a shipped profile was measured on; None if no hardware file goes by its name."""
-    try:
-        return load_hardware(profile).device.architecture if profile else None
-    except SpecError:
-        return None
 
 
 @lru_cache(maxsize=32)

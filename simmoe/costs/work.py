@@ -9,7 +9,7 @@ Checked in tests/test_models.py against published parameter counts, in tests/tes
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from simmoe.specs.model import Attention, Experts, Model
 
@@ -57,18 +57,26 @@ class ParameterCount:
     moe_layers: int
     num_experts: int
     top_k: int
+    encoder: ParameterCount | None = None
 
     @property
     def routed_experts(self) -> int:
-        """All routed experts of all layers."""
-        return self.moe_layers * self.num_experts * self.routed_expert
+        """All routed experts of all layers, the encoder's with them."""
+        own = self.moe_layers * self.num_experts * self.routed_expert
+        return own + (self.encoder.routed_experts if self.encoder else 0)
+
+    @property
+    def cross_attention_layer(self) -> int:
+        """Attention to the encoder's output and its norm, where there is an encoder."""
+        return self.attention_layer.total + self.norms_layer // 2 if self.encoder else 0
 
     @property
     def besides_experts(self) -> int:
-        """Everything every token passes through, embedding table and head included."""
-        per_layer = self.attention_layer.total + self.norms_layer
+        """Everything tokens pass through, embedding table and head included."""
+        per_layer = self.attention_layer.total + self.norms_layer + self.cross_attention_layer
         return (
-            self.embedding
+            (self.encoder.besides_experts if self.encoder else 0)
+            + self.embedding
             + self.head
             + self.final_norm
             + self.layers * per_layer
@@ -83,8 +91,12 @@ class ParameterCount:
 
     @property
     def active(self) -> int:
-        """Parameters a token meets: all but the routed experts it is not sent to. The whole embedding is counted."""
-        return self.besides_experts + self.moe_layers * self.top_k * self.routed_expert
+        """Parameters a token meets: all but the routed experts it is not sent to. The whole embedding is counted.
+
+        With an encoder, what a token of the prompt and one of the answer meet together.
+        """
+        layers = self.moe_layers + (self.encoder.moe_layers if self.encoder else 0)
+        return self.besides_experts + layers * self.top_k * self.routed_expert
 
     @property
     def active_without_embedding(self) -> int:
@@ -109,7 +121,13 @@ def parameters(model: Model, *, active_experts: int | None = None, total_experts
     d, moe = model.hidden, model.experts
     pool = min(total_experts or moe.num_experts, moe.num_experts) if moe else 0
     table = model.vocab * d
+    stack, before = model.encoder_stack, None
+    if stack is not None:  # it shares the decoder's embedding and has no head
+        before = replace(
+            parameters(stack, active_experts=active_experts, total_experts=total_experts), embedding=0, head=0
+        )
     return ParameterCount(
+        encoder=before,
         embedding=table,
         head=0 if model.tied_embeddings else table,
         attention_layer=attention_parameters(model.attention, d),

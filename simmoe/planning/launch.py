@@ -3,7 +3,9 @@
 Flags as in vLLM 0.10+ (docs: "Engine arguments", "Expert parallel deployment") and SGLang 0.5+ (docs: "Server
 arguments"). In vLLM the experts of an expert-parallel engine spread over tp x dp ranks; SGLang counts all devices of
 an engine as tp and splits attention into dp groups, and its limits are over all groups. Left out: network addresses,
-which every node has to be given, and the replicas' router. Not run here.
+which every node has to be given, and the replicas' router. Prefill and decode apart: vLLM hands the cache over with
+its NIXL connector (docs: "Disaggregated prefilling"), where the proxy before them tells producer from consumer; SGLang
+with ``--disaggregation-mode`` (docs: "PD disaggregation"). Not run here.
 """
 
 from __future__ import annotations
@@ -19,8 +21,11 @@ from simmoe.specs.model import Model
 _SGLANG_ALGORITHMS = {"mtp": "EAGLE", "draft": "STANDALONE", "ngram": "NGRAM"}
 
 
-def vllm(model: Model, replica: Deployment, hardware: Hardware) -> str:
-    """Command that starts one replica in vLLM; on several nodes, what each node is given beside it is in brackets."""
+def vllm(model: Model, replica: Deployment, hardware: Hardware, role: str = "serve") -> str:
+    """Command that starts one replica in vLLM; on several nodes, what each node is given beside it is in a comment.
+
+    ``role``: "serve", or "prefill" and "decode" apart.
+    """
     d = replica
     words: list[str | int] = ["vllm", "serve", model_id(model), "--tensor-parallel-size", d.tp_size]
     if d.pp > 1:
@@ -41,11 +46,13 @@ def vllm(model: Model, replica: Deployment, hardware: Hardware) -> str:
         words += ["--speculative-config", json.dumps(config)]
     if (changed := _overrides(model, d)) is not None:
         words += ["--hf-overrides", changed]
+    if role != "serve":
+        words += ["--kv-transfer-config", json.dumps({"kv_connector": "NixlConnector", "kv_role": "kv_both"})]
     return _line(words) + _nodes(d, hardware, "--data-parallel-address, --data-parallel-start-rank")
 
 
-def sglang(model: Model, replica: Deployment, hardware: Hardware) -> str:
-    """Command that starts one replica in SGLang."""
+def sglang(model: Model, replica: Deployment, hardware: Hardware, role: str = "serve") -> str:
+    """Command that starts one replica in SGLang; ``role`` as for vLLM."""
     d = replica
     words: list[str | int] = [
         "python",
@@ -77,6 +84,8 @@ def sglang(model: Model, replica: Deployment, hardware: Hardware) -> str:
             words += ["--speculative-draft-model-path", chosen.draft_model]
     if (changed := _overrides(model, d)) is not None:
         words += ["--json-model-override-args", changed]
+    if role != "serve":
+        words += ["--disaggregation-mode", role]
     nodes = -(-d.devices_per_replica // hardware.devices_per_node)
     if nodes > 1:
         words += ["--nnodes", nodes]

@@ -58,6 +58,7 @@ def _on_ray(function: Callable[[Task], Result], tasks: Sequence[Task], address: 
         import ray  # noqa: PLC0415  (an extra)
     except ImportError:
         raise SpecError("--ray needs Ray; install it with `pip install simmoe[plan]`") from None
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a plan is nobody else's business
     started = not ray.is_initialized()
     if started:
         try:

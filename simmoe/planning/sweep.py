@@ -8,8 +8,6 @@ Left out: adaptive grids. Checked in: tests/test_sweep.py.
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,9 +18,10 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from pydantic import Field, ValidationError
 
-from simmoe.errors import CapacityError, MeasurementError, SaturationError, SimmoeError, SpecError
+from simmoe.errors import CapacityError, SaturationError, SimmoeError, SpecError
 from simmoe.metrics import ServingMetrics
 from simmoe.planning.runner import run
+from simmoe.planning.sweep_table import Journal, Row, read_rows, write_parquet
 from simmoe.predict import compiled_for, predict
 from simmoe.provenance import digest
 from simmoe.sim.cluster import simulate
@@ -33,7 +32,6 @@ from simmoe.specs.hardware import Hardware
 from simmoe.specs.model import Model
 from simmoe.specs.workload import Workload
 
-Row = dict[str, Any]
 AnySpec = TypeVar("AnySpec", bound=Spec)
 
 #: Columns of results, in the order they are written; empty where a point has none.
@@ -150,11 +148,11 @@ def sweep(
     rows, in the order of the points; `pandas.DataFrame(rows)` makes a frame of them.
     """
     asked = points(grid)
-    done = _read(out) if out is not None else {}
+    done = read_rows(out) if out is not None else {}
     missing = [point for point in asked if point.key not in done]
     names = ["point", *(name for name, _ in asked[0].fields), *RESULTS]
     total = len(asked)
-    with _writer(out, names) as write:
+    with Journal(out, names) as write:
         for index, row in enumerate(run(evaluate, missing, processes=processes, ray=ray)):
             done[row["point"]] = row
             write(row)
@@ -162,7 +160,7 @@ def sweep(
                 progress(total - len(missing) + index + 1, total)
     rows = [done[point.key] for point in asked]
     if out is not None and out.suffix == ".parquet":
-        _write_parquet(rows, names, out)
+        write_parquet(rows, names, out)
     return rows
 
 
@@ -260,95 +258,6 @@ def _valid(kind: type[AnySpec], values: Row, section: str) -> AnySpec:
 
 def _cell(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, type(None))) else str(value)
-
-
-# ---- the table ------------------------------------------------------------------------------------------------------
-
-
-def _journal(out: Path) -> Path:
-    return out if out.suffix == ".csv" else out.with_suffix(".csv")
-
-
-class _writer:  # noqa: N801  (a context manager)
-    """Appends rows to the journal, each complete on disk before the next."""
-
-    def __init__(self, out: Path | None, names: Sequence[str]) -> None:
-        self._out, self._names = out, names
-
-    def __enter__(self) -> Callable[[Row], None]:
-        if self._out is None:
-            return lambda _: None
-        if self._out.suffix not in (".csv", ".parquet"):
-            raise SpecError(f"--out {self._out}: end the name in .csv or .parquet")
-        path = _journal(self._out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        whole = list(_read(self._out).values())
-        if whole and list(whole[0]) != list(self._names):
-            raise MeasurementError(f"{path}: holds a sweep over other fields; choose another --out")
-        # written anew beside it: a run that was killed may have left half a line at the end
-        unfinished = path.with_name(path.name + ".tmp")
-        self._file = unfinished.open("w", encoding="utf-8", newline="")
-        writer = csv.DictWriter(self._file, self._names)
-        writer.writeheader()
-        writer.writerows(whole)
-        self._file.flush()
-        unfinished.replace(path)
-
-        def write(row: Row) -> None:
-            writer.writerow(row)
-            self._file.flush()
-
-        return write
-
-    def __exit__(self, *_: object) -> None:
-        if self._out is not None:
-            self._file.close()
-
-
-def _read(out: Path) -> dict[str, Row]:
-    path = _journal(out)
-    if not path.exists():
-        return {}
-    text = path.read_bytes().decode("utf-8")
-    with io.StringIO(text[: text.rfind("\n") + 1], newline="") as file:  # the last line may be half written
-        reader = csv.DictReader(file)
-        if "point" not in (reader.fieldnames or ()):
-            raise MeasurementError(f"{path}: not a table of a sweep (no column point); choose another --out")
-        rows = [row for row in reader if None not in row.values() and None not in row and row["status"]]
-    return {row["point"]: {name: _number(name, text) for name, text in row.items()} for row in rows}
-
-
-def _number(name: str, text: str) -> Any:
-    if text == "":
-        return None
-    if name == "point":
-        return text
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def _write_parquet(rows: Sequence[Row], names: Sequence[str], out: Path) -> None:
-    try:
-        import pyarrow as pa  # noqa: PLC0415  (an extra)
-        import pyarrow.parquet as pq  # noqa: PLC0415
-    except ImportError:
-        raise SpecError(
-            f"{out}: Parquet needs pyarrow; install it with `pip install simmoe[import]` (rows are in {_journal(out)})"
-        ) from None
-    columns = {name: [row[name] for row in rows] for name in names}
-    table = {
-        name: values if all(v is None or isinstance(v, (int, float)) for v in values) else [_text(v) for v in values]
-        for name, values in columns.items()
-    }
-    pq.write_table(pa.table(table), out)
-
-
-def _text(value: Any) -> str | None:
-    return None if value is None else str(value)
 
 
 def counts(rows: Sequence[Row]) -> Iterator[tuple[str, int]]:

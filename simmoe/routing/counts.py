@@ -22,6 +22,29 @@ _NORMAL_GRID = np.linspace(-8.5, 8.5, 3401)
 _NORMAL_CDF = np.array([0.5 * math.erfc(-z / math.sqrt(2.0)) for z in _NORMAL_GRID])
 
 
+def expected_tiles_of_maximum(mean: Array, variance: Array, tile: Array) -> Array:
+    r"""Mean of :math:`\lceil \max / m \rceil` over independent counts: the tallest pile in tiles, exact where F is.
+
+    Parameters
+    ----------
+    mean, variance : ndarray, shape (B, G)
+        Per batch and count. [tokens], [tokens**2]
+    tile : ndarray, shape (B,)
+        m, tile height. [tokens]
+
+    Returns
+    -------
+    ndarray, shape (B,). [tiles]
+    """
+    reach = math.sqrt(2.0 * math.log(1e5 * mean.shape[1]))
+    high = (mean + reach * np.sqrt(variance)).max(axis=1) + 6.0
+    low = np.floor(np.maximum((mean - 4.5 * np.sqrt(variance)).max(axis=1), 0.0) / tile)
+    steps = np.arange(int(np.max(np.ceil(high / tile) - low)) + 1)
+    count = np.floor((low[:, None] + steps) * tile[:, None])
+    log_cdf = np.log(np.maximum(count_cdf(count[:, None, :], mean[:, :, None], variance[:, :, None]), 1e-300))
+    return np.asarray(low + (1.0 - np.exp(log_cdf.sum(axis=1))).sum(axis=1), dtype=np.float64)
+
+
 def expected_maximum(mean: Array, variance: Array, multiplicity: Array | None = None) -> Array:
     r"""Mean of the largest of independent counts.
 
@@ -87,7 +110,10 @@ def count_cdf(count: Array, mean: Array, variance: Array) -> Array:
     # zero and one are exact, and carry most of the weight when the mean is small
     zero = np.exp(-mu / excess * np.log1p(excess))
     cdf = np.where(count < 0.5, zero, np.where(count == 1.0, zero * (1.0 + mu / (1.0 + excess)), cdf))
-    return np.asarray(np.where(binomial & (misses <= 0), 1.0, cdf), dtype=np.float64)
+    # a size between two whole numbers: the chance of the last count grows with the fraction, exact at both ends
+    fraction = size - count
+    last = 1.0 - np.clip(fraction, 0.0, 1.0) * chance**size
+    return np.asarray(np.where(binomial & (count > 0.5) & (fraction <= 1.0), last, cdf), dtype=np.float64)
 
 
 def _peizer_pratt(x: Array) -> Array:

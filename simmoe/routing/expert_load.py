@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from simmoe.errors import SpecError
-from simmoe.routing.counts import expected_maximum
+from simmoe.routing.counts import expected_maximum, expected_tiles_of_maximum
 from simmoe.routing.occupancy import block_moments, log_idle
 from simmoe.routing.placement import contiguous_placement
 from simmoe.routing.popularity import uniform_inclusion
@@ -48,6 +48,19 @@ class ExpertLoad:
     busiest_expert_tokens: Array
     row_blocks: Mapping[int, Array]
     local_experts: int
+
+
+def with_shared(load: ExpertLoad) -> ExpertLoad:
+    """The load with one more expert on the rank that every token picks."""
+    blocks = {tile: count + np.ceil(load.tokens / tile) for tile, count in load.row_blocks.items()}
+    return ExpertLoad(
+        tokens=load.tokens,
+        routed_pairs=load.routed_pairs + load.tokens,
+        active_experts=load.active_experts + np.minimum(load.tokens, 1.0),
+        busiest_expert_tokens=np.maximum(load.busiest_expert_tokens, load.tokens),
+        row_blocks=blocks,
+        local_experts=load.local_experts + 1,
+    )
 
 
 #: Experts told apart when popularity differs; beyond it the less popular ones are pooled with their neighbours.
@@ -146,7 +159,16 @@ def expected_load(
         # an expert sure of some tiles varies by the rarer further ones: those, not the sure ones, are the count
         certain = np.where(mean >= 1.0, np.clip(mean - variance, 0.0, np.floor(mean)), 0.0)
         spread = variance @ held + extra * slope**2
-        blocks[tile] = np.clip(_busiest(mean @ held, spread, certain @ held), np.maximum(distinct, pairs / tile), pairs)
+        # no expert gets more than all tokens, and a rank has at most one partly filled tile for each it wakes
+        most = np.minimum(pairs, slots.max() * np.ceil(t / tile))
+        most = np.minimum(most, distinct + (pairs - distinct) / tile)
+        if slots.max() == 1.0:  # a rank's blocks are those of one count: no need to guess their law from two moments
+            most_blocks = expected_tiles_of_maximum(
+                pair_mean / weight[:, None], pair_variance / weight[:, None] ** 2, tile / weight
+            )
+        else:
+            most_blocks = _busiest(mean @ held, spread, certain @ held)
+        blocks[tile] = np.clip(most_blocks, np.maximum(distinct, pairs / tile), most)
 
     expert_variance = value * (1.0 - value) * num_experts / max(num_experts - 1, 1)
     top = expected_maximum(drawn[:, None] * value, drawn[:, None] * expert_variance, held.sum(axis=1))

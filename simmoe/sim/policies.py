@@ -143,12 +143,40 @@ def prefill_first(s: Scheduler, now: int) -> bool:
     return not preempted
 
 
+def whole_prompts(s: Scheduler, now: int) -> bool:
+    """Whole prompts before tokens: a step is a batch of waiting prompts, as many as the budget holds, or decodes.
+
+    As vLLM before its V1 engine, without chunked prefill (``vllm/core/scheduler.py``, ``_schedule_default``): the
+    budget is then at least the longest context, and a request is admitted when its prompt's blocks are free.
+    """
+    pool = s.pool
+    room, budget = pool.free, s.max_num_batched_tokens
+    while s.waiting and budget and len(s.running) < s.max_num_seqs:
+        head = s.waiting[0]
+        cached, hit, idle = s.found(head)
+        new = head.target - cached
+        blocks = pool.blocks_of(head.target) - hit
+        if new > budget or blocks + idle > room:
+            break
+        s.admit(new, blocks, now, cached, hit)
+        room -= blocks + idle
+        budget -= new
+    if s.chunks:
+        s.pause(now)
+        return True
+    preempted = False
+    while pool.need(s.step) > pool.free:
+        s.preempt_newest(now)
+        preempted = True
+    return not preempted
+
+
 NEW_TOKEN_RATIO = 0.1
 """Share of outputs still to come that SGLang expects: 0.7 decays to 0.098 within 600 steps (its server's defaults)."""
 
 _ROUNDING = 1e-9  # of steps: looking a step too early costs nothing
 
-POLICIES: dict[str, Policy] = {"vllm": vllm, "trtllm": no_evict, "sglang": prefill_first}
+POLICIES: dict[str, Policy] = {"vllm": vllm, "trtllm": no_evict, "sglang": prefill_first, "vllm_v0": whole_prompts}
 
 #: the policy an engine's name stands for
 POLICY_OF_ENGINE = {"vllm": "vllm", "trtllm": "trtllm", "sglang": "sglang", "generic": "vllm"}

@@ -132,6 +132,7 @@ class Replica:
 
     def _form_ahead(self, now: int) -> bool:
         """Form the next batch as decided before the last step's end."""
+        assert self._unseen is not None
         if self._steps > 1 and any(self._unseen):  # none could join before; but all but the last step's are known
             self._see_arrivals(self._start + window_ticks(self._first, self._growth, self._steps - 1))
         formed = self._form(now)

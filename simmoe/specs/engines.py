@@ -10,6 +10,9 @@ per step, and bytes moved per sequence and vocabulary entry.
 ``steps_ahead``: 1 if the next step is scheduled while one runs (asynchronous scheduling): newcomers wait one step more.
 ``pads_to_graphs``: batches are rounded up to the sizes of captured CUDA graphs.
 ``offload_entry_time``: walking one entry of a small KV pool in host memory, see `sim.offload_books`.
+``fuses_shared_expert``: a shared expert as wide as a routed one runs as one more expert of every token in their kernel,
+where experts are sliced by tensor parallelism.
+``shared_beside_tokens``: up to so many tokens the shared expert runs on a second stream beside the routed ones.
 ``kernel_slowdown``: factor on every kernel's time; 1 for an engine of the calibration's age. Routed experts of a shape
 in ``tuned_expert_shapes`` are exempt: that kernel was already the measured one, with its tile sizes tuned.
 """
@@ -18,8 +21,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextvars import ContextVar
 from functools import lru_cache
 from importlib import resources
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -46,6 +51,8 @@ class EngineParameters(Spec):
     offload_entry_time: Seconds = 0.0
     steps_ahead: int = Field(default=0, ge=0, le=1, description="Steps decided before the running one ends. [steps]")
     pads_to_graphs: bool = Field(default=False, description="Batches are padded to the sizes of captured graphs.")
+    fuses_shared_expert: bool = Field(default=False, description="Shared expert in the routed kernel.")
+    shared_beside_tokens: int = Field(default=0, ge=0, description="Most tokens of a second stream's step. [tokens]")
     kernel_slowdown: float = Field(default=1.0, gt=0)
     tuned_expert_shapes: tuple[tuple[int, int], ...] = Field(
         default=(), description="(experts, width on a device) whose kernel the version shipped tuned for this device."
@@ -103,6 +110,10 @@ def _table() -> tuple[EngineParameters, ...]:
     return tuple(EngineParameters.model_validate(entry, context={"from_file": True}) for entry in _raw()["engines"])
 
 
+#: Values that stand instead of every entry's own while set, for fits that ask what would follow from others.
+OVERRIDES: ContextVar[Mapping[str, object]] = ContextVar("overrides", default=MappingProxyType({}))
+
+
 def engine_parameters(deployment: Deployment, device: str) -> EngineParameters:
     """The most specific entry for the deployment's engine, its version and the device, with its overrides applied."""
     version = deployment.engine_version or ""
@@ -113,12 +124,15 @@ def engine_parameters(deployment: Deployment, device: str) -> EngineParameters:
         early = limit is None or (numbers is not None and numbers < limit)
         return entry.engine == deployment.engine and same_version and early and entry.device in (None, device)
 
-    def specificity(entry: EngineParameters) -> tuple[int, int, int]:
-        return (len(entry.version or ""), int(entry.device is not None), int(entry.before is not None))
+    def specificity(entry: EngineParameters) -> tuple[int, int, int, tuple[int, ...]]:
+        oldest = tuple(-number for number in version_numbers(entry.before) or ())
+        return (len(entry.version or ""), int(entry.device is not None), int(entry.before is not None), oldest)
 
     candidates = [entry for entry in _table() if fits(entry)]
     chosen = max(candidates, key=specificity)
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = dict(OVERRIDES.get())
+    if changes:
+        changes["source"] = "given for this run"
     if deployment.host_time_per_step is not None:
         changes |= {"host_time_per_step": deployment.host_time_per_step, "source": "deployment"}
     if deployment.engine_overrides is not None:

@@ -19,11 +19,13 @@ class Exchange(Spec):
     ``auto``: the engine's measured DeepEP kernels, low latency up to ``low_latency_tokens`` a rank, else normal.
     Closed forms on the hardware's links: ``flat`` (every pair of ranks talks), ``hierarchical`` (inside nodes, then
     between; DeepSpeed-MoE), ``two_dh`` (the same with messages gathered first; Tutel), ``coordinated`` (ranks of one
-    tensor-parallel index talk, then gather; DeepSpeed-MoE).
+    tensor-parallel index talk, then gather; DeepSpeed-MoE). ``gather``: every rank gathers all ranks' tokens, computes
+    what its experts are to do with them, and the results are reduced and scattered: vLLM's default inside a node
+    (``allgather_reducescatter``), and what attention data parallelism does in SGLang and TensorRT-LLM there.
     """
 
     algorithm: Literal[
-        "auto", "deepep_low_latency", "deepep_normal", "flat", "hierarchical", "two_dh", "coordinated"
+        "auto", "deepep_low_latency", "deepep_normal", "flat", "hierarchical", "two_dh", "coordinated", "gather"
     ] = "auto"
     low_latency_tokens: int = Field(default=128, ge=1, description="Most tokens a low-latency buffer takes. [tokens]")
     overlap: Literal["none", "shared", "two_batch"] = Field(

@@ -1,4 +1,4 @@
-"""A decoder-only transformer by its shapes. Counts of parameters follow exactly from these.
+"""A transformer by its shapes, with or without an encoder. Counts of parameters follow exactly from these.
 
 Letters of the field: hidden = residual width, q heads / kv heads, head_dim per head. MLA keeps one
 latent of ``kv_lora_rank + qk_rope_head_dim`` numbers per token and layer instead of keys and values.
@@ -90,8 +90,15 @@ class Published(Spec):
     note: str = ""
 
 
+class Encoder(Spec):
+    """The encoder in front of a decoder: layers of the model's own widths, without cross-attention."""
+
+    layers: int = Field(ge=1)
+    moe_layers: int = Field(default=0, ge=0)
+
+
 class Model(Spec):
-    """A transformer by its shapes."""
+    """A transformer by its shapes. With an encoder, ``layers`` and ``moe_layers`` are the decoder's."""
 
     name: str
     hidden: int = Field(ge=1)
@@ -102,6 +109,7 @@ class Model(Spec):
     dense_matrices: Literal[2, 3] = 3
     moe_layers: int = Field(default=0, ge=0, description="How many layers carry experts; the rest have a plain FFN.")
     experts: Experts | None = None
+    encoder: Encoder | None = Field(default=None, description="Reads the prompt; every layer then attends to it.")
     tied_embeddings: bool = False
     mtp_layers: int = Field(
         default=0,
@@ -121,7 +129,22 @@ class Model(Spec):
             raise ValueError("moe_layers and experts must be given together")
         if self.dense_layers and not self.dense_inter_size:
             raise ValueError(f"{self.dense_layers} layers have a plain FFN but dense_inter_size is 0")
+        if self.encoder is not None:
+            if self.encoder.moe_layers > self.encoder.layers:
+                raise ValueError(f"encoder.moe_layers {self.encoder.moe_layers} exceeds {self.encoder.layers} layers")
+            if self.attention.kind != "gqa" or self.attention.sliding_window:
+                raise ValueError("an encoder goes with attention of kind gqa, without a sliding window")
         return self
+
+    @property
+    def encoder_stack(self) -> Model | None:
+        """The encoder as a model of its own, embedding and head those of the whole; None without one."""
+        if self.encoder is None:
+            return None
+        return self.vary(
+            name=f"{self.name} encoder", layers=self.encoder.layers, moe_layers=self.encoder.moe_layers, encoder=None,
+            experts=self.experts if self.encoder.moe_layers else None, published=None,
+        )  # fmt: skip
 
     @property
     def dense_layers(self) -> int:

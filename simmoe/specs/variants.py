@@ -26,10 +26,14 @@ def dense_equivalent(model: Model, equal: Literal["active", "total"] = "active")
     if e is None:
         raise SpecError(f"{model.name} has no experts; it is dense already")
     routed = e.inter_size * (e.top_k if equal == "active" else e.num_experts)
-    elements = model.moe_layers * (routed + e.shared_inter_size) * e.matrices
-    elements += model.dense_layers * model.dense_inter_size * model.dense_matrices
-    width = round(elements / (model.layers * e.matrices))
+    before = model.encoder
+    layers = model.layers + (before.layers if before else 0)
+    sparse = model.moe_layers + (before.moe_layers if before else 0)
+    elements = sparse * (routed + e.shared_inter_size) * e.matrices
+    elements += (layers - sparse) * model.dense_inter_size * model.dense_matrices
+    width = round(elements / (layers * e.matrices))
     return model.vary(
+        encoder=before.vary(moe_layers=0) if before else None,
         name=f"{model.name} dense, equal {equal}", experts=None, moe_layers=0, dense_inter_size=width,
         dense_matrices=e.matrices, published=None, source=f"derived from {model.name}",
     )  # fmt: skip

@@ -24,7 +24,8 @@ from simmoe.specs.hardware import Hardware
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.model import Model
 from simmoe.specs.workload import Lengths, Workload
-from simmoe.validation.serving_rows import LIMITS, Run, Unspoken
+from simmoe.validation.engine_limits import LIMITS
+from simmoe.validation.serving_rows import Run, Unspoken
 
 Result = Mapping[str, Any]
 

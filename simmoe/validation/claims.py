@@ -8,7 +8,7 @@ cannot speak to is listed with the reason. Computations: `claims_counted`, `clai
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,27 +21,28 @@ Kind = Literal["count", "operator", "system", "historic", "points", "at least", 
 TOLERANCE: dict[Kind, float] = {"count": 0.03, "operator": 0.15, "system": 0.25, "historic": 1.0, "points": 5.0}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Claim:
-    """One published number.
+    """One published number: a row of the table.
 
     Attributes
     ----------
-    claim, source, unit : in words.
+    claim, unit, source : in words.
     published : the number; None where the claim has none.
+    compute : our number; None where simmoe cannot speak.
     kind : which tolerance holds, or that the number is a bound.
     inputs : what the computation takes as given.
-    compute : our number; None where simmoe cannot speak.
     because : why it differs or cannot speak; not shown where it is reproduced.
     """
 
     claim: str
-    source: str
     published: float | None
     unit: str
+    compute: Callable[[], float] | None = None
+    _: KW_ONLY
+    source: str
     kind: Kind = "count"
     inputs: str = ""
-    compute: Callable[[], float] | None = None
     because: str = ""
 
 

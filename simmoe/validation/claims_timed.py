@@ -58,69 +58,32 @@ def _gain(model: str, concurrency: int, cap: int | None = None, pool: int | None
 
 
 def _capping() -> list[Claim]:
+    lite, big = "deepseek-v2-lite", "deepseek-v3"
+    # model, concurrency, cap, pool, published gain [%], what, where
     rows = (
-        ("deepseek-v3", 32, 6, None, 10.5, "8 to 6 experts at concurrency 32, DeepSeek-V3", "table 9"),
-        ("deepseek-v3", 32, 4, None, 16.4, "8 to 4 experts at concurrency 32, DeepSeek-V3", "table 9"),
-        ("deepseek-v3", 128, 4, None, 8.5, "8 to 4 experts at concurrency 128, DeepSeek-V3", "table 9"),
-        ("deepseek-v2-lite", 8, 2, None, 52, "6 to 2 experts at concurrency 8, DeepSeek-V2-Lite", "table 8"),
-        ("deepseek-v2-lite", 32, 2, None, 31, "6 to 2 experts at concurrency 32, DeepSeek-V2-Lite", "table 8"),
-        ("deepseek-v2-lite", 128, 2, None, 10, "6 to 2 experts at concurrency 128, DeepSeek-V2-Lite", "table 8"),
-        ("deepseek-v2-lite", 512, 2, None, 17, "6 to 2 experts at concurrency 512, DeepSeek-V2-Lite", "table 8"),
-        (
-            "deepseek-v2-lite",
-            8,
-            None,
-            32,
-            29,
-            "64 to 32 experts in DeepSeek-V2-Lite's pool at concurrency 8",
-            "table 12",
-        ),
-        (
-            "deepseek-v2-lite",
-            64,
-            None,
-            32,
-            34,
-            "64 to 32 experts in DeepSeek-V2-Lite's pool at concurrency 64",
-            "table 12",
-        ),
-        (
-            "deepseek-v2-lite",
-            512,
-            None,
-            32,
-            5,
-            "64 to 32 experts in DeepSeek-V2-Lite's pool at concurrency 512",
-            "table 12",
-        ),
+        (big, 32, 6, None, 10.5, "8 to 6 experts", "table 9"),
+        (big, 32, 4, None, 16.4, "8 to 4 experts", "table 9"),
+        (big, 128, 4, None, 8.5, "8 to 4 experts", "table 9"),
+        (lite, 8, 2, None, 52, "6 to 2 experts", "table 8"),
+        (lite, 32, 2, None, 31, "6 to 2 experts", "table 8"),
+        (lite, 128, 2, None, 10, "6 to 2 experts", "table 8"),
+        (lite, 512, 2, None, 17, "6 to 2 experts", "table 8"),
+        (lite, 8, None, 32, 29, "64 to 32 experts in the pool", "table 12"),
+        (lite, 64, None, 32, 34, "64 to 32 experts in the pool", "table 12"),
+        (lite, 512, None, 32, 5, "64 to 32 experts in the pool", "table 12"),
     )
     found = [
-        Claim(
-            claim=f"gain of {what}",
-            source=f"{_YANG}, {table}",
-            published=gain,
-            unit="%",
-            kind="points",
-            inputs="1024 in, 1024 out; SGLang 0.4.4.post1; 2 x A800 PCIe or 8 x H200",
-            compute=partial(_gain, model, c, cap, pool),
-            because="routing is taken as even and independent, and the engine's changes with load are not modelled",
-        )
+        Claim(f"gain of {what} at concurrency {c}, {load_model(model).name}", gain, "%",
+              partial(_gain, model, c, cap, pool), kind="points",
+              inputs="1024 in, 1024 out; SGLang 0.4.4.post1; 2 x A800 PCIe or 8 x H200", source=f"{_YANG}, {table}",
+              because="routing is taken as even and independent, and the engine's changes with load are not modelled")
         for model, c, cap, pool, gain, what, table in rows
-    ]
+    ]  # fmt: skip
     found.append(
-        Claim(
-            claim="2048 tokens of which 1792 are prompt run at 2.05 times the rate of 256",
-            source=f"{_YANG}, table 3",
-            published=13040 / 6368,
-            unit="x",
-            kind="system",
-            inputs="DeepSeek-V2-Lite, concurrency 512, total tokens/s",
-            compute=lambda: (
-                _total_tokens_per_s("deepseek-v2-lite", 512, prompt=1792)
-                / _total_tokens_per_s("deepseek-v2-lite", 512, prompt=256)
-            ),
-        )
-    )
+        Claim("2048 tokens of which 1792 are prompt run at 2.05 times the rate of 256", 13040 / 6368, "x",
+              lambda: _total_tokens_per_s(lite, 512, prompt=1792) / _total_tokens_per_s(lite, 512, prompt=256),
+              kind="system", inputs="DeepSeek-V2-Lite, concurrency 512, total tokens/s", source=f"{_YANG}, table 3")
+    )  # fmt: skip
     return found
 
 
@@ -129,19 +92,14 @@ def _capping() -> list[Claim]:
 
 def _phases() -> list[Claim]:
     return [
-        Claim(
-            claim=f"{case.name}: tokens/s per device",
-            source=case.source,
-            published=case.published_tokens_per_s_per_device,
-            unit="tokens/s",
-            kind="operator",
-            inputs=f"{case.devices} x {case.hardware}, {case.per_device} a device, context {case.context}, two half "
-            f"batches; {case.assumed}",
-            compute=case.predicted_tokens_per_s_per_device,
-            because="the imbalance EPLB left is not published, and kernels ran slower beside an exchange than alone",
-        )
+        Claim(f"{case.name}: tokens/s per device", case.published_tokens_per_s_per_device, "tokens/s",
+              case.predicted_tokens_per_s_per_device, kind="operator",
+              inputs=f"{case.devices} x {case.hardware}, {case.per_device} a device, context {case.context}, "
+                     f"two half batches; {case.assumed}",
+              source=case.source,
+              because="the imbalance EPLB left is not published, and kernels ran slower beside an exchange than alone")
         for case in CASES
-    ]
+    ]  # fmt: skip
 
 
 def _two_batch_gain(phase: str, per_device: int, context: int) -> float:
@@ -207,71 +165,32 @@ def _wide() -> list[Claim]:
     published = (("dispatch", 8, 77), ("dispatch", 32, 155), ("dispatch", 64, 173), ("dispatch", 128, 192),
                  ("combine", 8, 114), ("combine", 32, 273), ("combine", 64, 314), ("combine", 128, 369))  # fmt: skip
     found = [
-        Claim(
-            claim=f"DeepEP low-latency {phase} over {ranks} ranks",
-            source=report,
-            published=us,
-            unit="us",
-            kind="operator",
-            inputs="H800, 128 tokens a rank, 7168 wide, top-8; efficiencies fitted on H100",
-            compute=partial(_low_latency_us, phase, ranks),
-            because="fitted on H100 over 1, 2 and 8 nodes, with NVLink twice as fast and kernels a year newer",
-        )
+        Claim(f"DeepEP low-latency {phase} over {ranks} ranks", us, "us", partial(_low_latency_us, phase, ranks),
+              kind="operator", inputs="H800, 128 tokens a rank, 7168 wide, top-8; efficiencies fitted on H100",
+              source=report,
+              because="fitted on H100 over 1, 2 and 8 nodes, with NVLink twice as fast and kernels a year newer")
         for phase, ranks, us in published
-    ]
+    ]  # fmt: skip
     return [
         *found,
-        Claim(
-            claim="two half batches gain 25.5 % in decode at 256 requests a device",
-            source=_REPORT,
-            published=25.5,
-            unit="%",
-            kind="points",
-            inputs="EP72, context 2000",
-            compute=lambda: _two_batch_gain("decode", 256, 2000),
-            because="stretches overlap ideally here",
-        ),
-        Claim(
-            claim="two half batches lose 27 % in decode at 32 requests a device",
-            source=_REPORT,
-            published=-27,
-            unit="%",
-            kind="points",
-            inputs="EP72, context 2000",
-            compute=lambda: _two_batch_gain("decode", 32, 2000),
-            because="small kernels that double in number are timed by what they move, not by their launches",
-        ),
-        Claim(
-            claim="two half batches gain 27 to 35 % in prefill",
-            source=_REPORT,
-            published=31,
-            unit="%",
-            kind="points",
-            inputs="EP32, 8192 tokens a device, 4k prompts",
-            compute=lambda: _two_batch_gain("prefill", 8192, 4096),
-            because="neither noisy neighbours nor blocked launches are modelled",
-        ),
-        Claim(
-            claim="2D-hierarchical exchange overtakes the flat one at 256 GPUs or more",
-            source="Tutel, arXiv 2206.03382, table 6",
-            published=256,
-            unit="GPUs",
-            kind="historic",
-            inputs="A100, 1 MiB a rank, doubling ranks from 16",
-            compute=_staged_from,
-            because="the crossing moves with the message, whose size the table leaves open, and with the time a "
-            "message takes to start, assumed 1 us",
-        ),
-        Claim(
-            claim="a MoE layer takes 2.91 us more for each expert woken",
-            source="Opportunistic Expert Activation, arXiv 2511.02237, fitted from its table 4",
-            published=2.91,
-            unit="us",
-            kind="operator",
-            inputs="Qwen3-30B, H100, SGLang, 4 to 32 tokens",
-            compute=_slope_us,
-        ),
-    ]
+        Claim("two half batches gain 25.5 % in decode at 256 requests a device", 25.5, "%",
+              lambda: _two_batch_gain("decode", 256, 2000), kind="points", inputs="EP72, context 2000",
+              source=_REPORT, because="stretches overlap ideally here"),
+        Claim("two half batches lose 27 % in decode at 32 requests a device", -27, "%",
+              lambda: _two_batch_gain("decode", 32, 2000), kind="points", inputs="EP72, context 2000", source=_REPORT,
+              because="small kernels that double in number are timed by what they move, not by their launches"),
+        Claim("two half batches gain 27 to 35 % in prefill", 31, "%", lambda: _two_batch_gain("prefill", 8192, 4096),
+              kind="points", inputs="EP32, 8192 tokens a device, 4k prompts", source=_REPORT,
+              because="neither noisy neighbours nor blocked launches are modelled"),
+        Claim("2D-hierarchical exchange overtakes the flat one at 256 GPUs or more", 256, "GPUs", _staged_from,
+              kind="historic", inputs="A100, 1 MiB a rank, doubling ranks from 16",
+              source="Tutel, arXiv 2206.03382, table 6",
+              because="the crossing moves with the message, whose size the table leaves open, and with the time "
+                      "a message takes to start, assumed 1 us"),
+        Claim("a MoE layer takes 2.91 us more for each expert woken", 2.91, "us", _slope_us, kind="operator",
+              inputs="Qwen3-30B, H100, SGLang, 4 to 32 tokens",
+              source="Opportunistic Expert Activation, arXiv 2511.02237, fitted from its table 4"),
+    ]  # fmt: skip
 
 
 # ---- systems of before 2023 -----------------------------------------------------------------------------------------
@@ -305,6 +224,8 @@ def _trillion_ms() -> float:
 
 
 _STATIC = {"dispatch": {"kind": "einsum", "capacity_factor": 0.05 * 512 / 2}, "exchange": {"algorithm": "flat"}}
+_ONE_HOT = {"dispatch": {"kind": "einsum", "capacity_factor": 2.0}, "exchange": {"algorithm": "flat"}}
+_STAGED = {"algorithm": "hierarchical"}
 _DYNAMIC = {"exchange": {"algorithm": "flat"}}
 
 
@@ -328,70 +249,27 @@ def _huang_weights() -> float:
 
 def _historic() -> list[Claim]:
     return [
-        Claim(
-            claim="a 52 B MoE is 15 times slower than the dense model of equal FLOPs",
-            source=f"{_HUANG}, sec. III",
-            published=15,
-            unit="x",
-            kind="historic",
-            inputs="8 x V100, 8 sequences (1024 tokens each, assumed), static gating",
-            compute=lambda: _huang_step(_STATIC) / _huang_step(None),
-            because=_TEPID,
-        ),
-        Claim(
-            claim="dynamic gating serves 6.21 times as much on one node",
-            source=f"{_HUANG}, sec. V",
-            published=6.21,
-            unit="x",
-            kind="historic",
-            inputs="the same at equal batch",
-            compute=lambda: _huang_step(_STATIC) / _huang_step(_DYNAMIC),
-            because=_TEPID,
-        ),
-        Claim(
-            claim="a 52 B MoE takes 8.58 times the memory of that dense model (2.2 to 18.88 GB)",
-            source=f"{_HUANG}, sec. III",
-            published=8.58,
-            unit="x",
-            kind="historic",
-            inputs="weights of one of 8 devices alone",
-            compute=_huang_weights,
-            because="their figure holds activations and the framework on both sides",
-        ),
-        Claim(
-            claim="throughput per GPU grows with GPUs: 52 B from 8 to 64",
-            source=f"{_DEEPSPEED}, sec. 5.5.1",
-            published=1.0,
-            unit="x",
-            kind="at least",
-            inputs="A100, batch 8 a GPU, context 128; 16 to 2 experts a GPU",
-            compute=lambda: _deepspeed_step(8, 8) / _deepspeed_step(64, 8),
-        ),
-        Claim(
-            claim="up to 7.3 times lower latency than the baseline",
-            source=f"{_DEEPSPEED}, sec. 5.5",
-            published=7.3,
-            unit="x",
-            kind="historic",
-            inputs="52 B on 128 A100; baseline: one-hot dispatch at capacity 2, flat exchange",
-            compute=lambda: (
-                _deepspeed_step(
-                    128, 8, dispatch={"kind": "einsum", "capacity_factor": 2.0}, exchange={"algorithm": "flat"}
-                )
-                / _deepspeed_step(128, 8, exchange={"algorithm": "hierarchical"})
-            ),
-            because=_TEPID,
-        ),
-        Claim(
-            claim="a trillion parameters under 25 ms a token",
-            source=f"{_DEEPSPEED}, sec. 5.5",
-            published=25,
-            unit="ms",
-            kind="at most",
-            inputs="24B+MoE-128 on 256 A100, tensor parallelism 8, one request a device, context 128",
-            compute=_trillion_ms,
-        ),
-    ]
+        Claim("a 52 B MoE is 15 times slower than the dense model of equal FLOPs", 15, "x",
+              lambda: _huang_step(_STATIC) / _huang_step(None), kind="historic",
+              inputs="8 x V100, 8 sequences (1024 tokens each, assumed), static gating", source=f"{_HUANG}, sec. III",
+              because=_TEPID),
+        Claim("dynamic gating serves 6.21 times as much on one node", 6.21, "x",
+              lambda: _huang_step(_STATIC) / _huang_step(_DYNAMIC), kind="historic", inputs="the same at equal batch",
+              source=f"{_HUANG}, sec. V", because=_TEPID),
+        Claim("a 52 B MoE takes 8.58 times the memory of that dense model (2.2 to 18.88 GB)", 8.58, "x",
+              _huang_weights, kind="historic", inputs="weights of one of 8 devices alone",
+              source=f"{_HUANG}, sec. III", because="their figure holds activations and the framework on both sides"),
+        Claim("throughput per GPU grows with GPUs: 52 B from 8 to 64", 1.0, "x",
+              lambda: _deepspeed_step(8, 8) / _deepspeed_step(64, 8), kind="at least",
+              inputs="A100, batch 8 a GPU, context 128; 16 to 2 experts a GPU", source=f"{_DEEPSPEED}, sec. 5.5.1"),
+        Claim("up to 7.3 times lower latency than the baseline", 7.3, "x",
+              lambda: _deepspeed_step(128, 8, **_ONE_HOT) / _deepspeed_step(128, 8, exchange=_STAGED),
+              kind="historic", inputs="52 B on 128 A100; baseline: one-hot dispatch at capacity 2, flat exchange",
+              source=f"{_DEEPSPEED}, sec. 5.5", because=_TEPID),
+        Claim("a trillion parameters under 25 ms a token", 25, "ms", _trillion_ms, kind="at most",
+              inputs="24B+MoE-128 on 256 A100, tensor parallelism 8, one request a device, context 128",
+              source=f"{_DEEPSPEED}, sec. 5.5"),
+    ]  # fmt: skip
 
 
 def claims() -> list[Claim]:

@@ -7,15 +7,15 @@ in the calibration (`simmoe calibrate --report`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import numpy as np
 
+from simmoe.costs.borrowing import DEFAULT_LOG_SIGMA
 from simmoe.costs.operators.base import Operator
 from simmoe.costs.operators.host import operator_on
 from simmoe.costs.operators.registry import MeasuredDevice, measured_device, operator_of
-from simmoe.costs.timing import DEFAULT_LOG_SIGMA, KernelTimes, kernel_times
+from simmoe.costs.timing import KernelTimes, kernel_times
 from simmoe.specs.measurement import Table
 from simmoe.validation.misses import of_kernel
 from simmoe.validation.summary import KERNEL_QUANTITY, Comparison, Explanation, Outcome
@@ -66,8 +66,9 @@ def compare(table: Table, given: Mapping[str, MeasuredDevice] | None = None) -> 
         group = f"{operator.name}/{device.label}/{first}/{_dtype(operator, variant)}"
         predicted, sigma = _predict(times, operator, {name: value[rows] for name, value in features.items()}, variant)
         asked.append((rows, first, variant))
-        spread = math.exp(_Z90 * sigma)
-        for row, seen, said in zip(rows.tolist(), measured[rows].tolist(), predicted.tolist(), strict=True):
+        spreads = np.exp(_Z90 * sigma).tolist()
+        figured = zip(rows.tolist(), measured[rows].tolist(), predicted.tolist(), spreads, strict=True)
+        for row, seen, said, spread in figured:
             figures = (1e6 * seen, 1e6 * said, 1e6 * said / spread, 1e6 * said * spread)
             outcome.comparisons.append(Comparison(group, table.path.name, row + 2, "", KERNEL_QUANTITY, *figures))
     outcome.notes |= times.notes
@@ -78,7 +79,8 @@ def compare(table: Table, given: Mapping[str, MeasuredDevice] | None = None) -> 
             if row in rows:
                 times.framework = framework
                 fit = times.choose(operator, variant)
-                parameters, sigma = (fit.values(), fit.log_sigma) if fit else (operator.defaults, DEFAULT_LOG_SIGMA)
+                parameters = times.values(operator, fit) if fit else operator.defaults
+                sigma = times.log_sigma(fit) if fit else DEFAULT_LOG_SIGMA
                 one = {name: value[row : row + 1] for name, value in features.items()}
                 return of_kernel(operator, one, parameters, device.hardware, sigma)
         return None
@@ -89,7 +91,7 @@ def compare(table: Table, given: Mapping[str, MeasuredDevice] | None = None) -> 
 
 def _predict(
     times: KernelTimes, operator: Operator, features: Mapping[str, np.ndarray], variant: Mapping[str, str]
-) -> tuple[np.ndarray, float]:
+) -> tuple[np.ndarray, np.ndarray]:
     return times.seconds(operator, features, cold=False, **variant)
 
 

@@ -10,20 +10,28 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from simmoe.errors import SpecError
 from simmoe.validation import misses
 from simmoe.validation.summary import KERNEL_QUANTITY, Comparison, GroupError, Outcome, summarise
 
 BEGIN, END = "<!-- tables: written by simmoe validate -->", "<!-- end of tables -->"
+#: Marks of the short table: medians of runs per file.
+MEDIANS, MEDIANS_END = "<!-- medians: written by simmoe validate -->", "<!-- end of medians -->"
 _KINDS = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2e": "end to end"}
 
 
 def write(outcome: Outcome, path: Path) -> None:
-    """Put the tables between the marks of a page; raises as `put`."""
-    put(text(outcome), path)
+    """Put the tables between the marks of a page, and the medians where it has marks for them; raises as `put`."""
+    short = path.is_file() and MEDIANS in path.read_text(encoding="utf-8")
+    if short:
+        put(medians(outcome), path, (MEDIANS, MEDIANS_END))
+    if not short or BEGIN in path.read_text(encoding="utf-8"):
+        put(text(outcome), path)
 
 
-def put(tables: str, path: Path) -> None:
+def put(tables: str, path: Path, marks: tuple[str, str] = (BEGIN, END)) -> None:
     """Put Markdown between the marks of a page; a page that is not there yet is begun.
 
     Raises
@@ -32,12 +40,13 @@ def put(tables: str, path: Path) -> None:
         If the page has no marks, or cannot be written.
     """
     try:
-        page = path.read_text(encoding="utf-8") if path.exists() else f"{BEGIN}\n{END}\n"
-        before, mark, rest = page.partition(BEGIN)
-        _, end, after = rest.partition(END)
+        first, last = marks
+        page = path.read_text(encoding="utf-8") if path.exists() else f"{first}\n{last}\n"
+        before, mark, rest = page.partition(first)
+        _, end, after = rest.partition(last)
         if not (mark and end):
-            raise SpecError(f"--markdown {path}: mark where the tables go with the lines {BEGIN!r} and {END!r}")
-        path.write_text(f"{before}{BEGIN}\n\n{tables}\n{END}{after}", encoding="utf-8")
+            raise SpecError(f"--markdown {path}: mark where the tables go with the lines {first!r} and {last!r}")
+        path.write_text(f"{before}{first}\n\n{tables}\n{last}{after}", encoding="utf-8")
     except OSError as problem:
         raise SpecError(f"--markdown {path}: cannot write ({problem.strerror})") from problem
 
@@ -53,6 +62,26 @@ def text(outcome: Outcome) -> str:
         parts.append("**Runs**, by source.\n\n" + _table(_regrouped(runs, _file_of, None)))
         parts.append(_blame(outcome, runs))
     return "\n".join(parts)
+
+
+def medians(outcome: Outcome) -> str:
+    """Per file of runs: figures, median absolute error and in brackets the median error; no percentiles. [%]"""
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for c in outcome.comparisons:
+        if c.quantity != KERNEL_QUANTITY and not c.quantity.endswith("_p99"):
+            found[_file_of(c)][_kind(c.quantity)].append(100 * c.error)
+    kinds = ("throughput", "TPOT", "TTFT", "ITL")
+    lines = ["| file | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
+    for file, errors in sorted(found.items()):
+        cells = [_median_cell(errors[kind]) for kind in kinds]
+        lines.append(f"| {file} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _median_cell(errors: list[float]) -> str:
+    if not errors:
+        return ""
+    return f"{len(errors)}: {np.median(np.abs(errors)):.0f} % ({np.median(errors):+.0f} %)"
 
 
 def _regrouped(found: Iterable[Comparison], group: Callable[[Comparison], str], kind: str | None) -> list[GroupError]:

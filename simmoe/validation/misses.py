@@ -84,12 +84,16 @@ def explain(outcome: Outcome, c: Comparison) -> Explanation | None:
 
 def of_step(run: Run, quantity: str, predicted: float) -> Explanation:
     """Mean step of a run, or for TTFT the steps that compute a prompt and what remains: waiting."""
-    parts = compiled_for(run.hardware, run.model, run.deployment, run.workload)
+    first = quantity.startswith("ttft")
+    deployment = run.deployment if first or run.decode is None else run.decode
+    parts = compiled_for(run.hardware, run.model, deployment, run.workload)
     detail = parts.table.detail
-    sigma = dict(detail.log_sigma) if detail else {}
-    if quantity.startswith("ttft"):
-        return _of_first_token(run, predicted, sigma)
-    step = predict(run.hardware, run.model, run.deployment, run.workload).breakdown
+    if first:
+        chunk = min(round(run.workload.input.mean), parts.table.max_tokens)
+        return _of_first_token(run, predicted, detail.log_sigma_at(chunk) if detail else {})
+    found = predict(run.hardware, run.model, deployment, run.workload)
+    step, running = found.breakdown, found.metrics.mean_running if found.metrics else parts.table.max_requests
+    sigma = detail.log_sigma_at(min(round(running / deployment.replicas), parts.table.max_tokens)) if detail else {}
     return Explanation(what="mean step", total_s=step.total_s, parts_s=step.parts, log_sigma=sigma)
 
 

@@ -17,8 +17,9 @@ from simmoe.specs.mechanisms import Exchange
 from simmoe.specs.model import Model
 from simmoe.specs.routing import Routing
 from simmoe.step import StepBreakdown
+from simmoe.validation.cells import Row, Unspoken, number, text
 from simmoe.validation.phases import phase_step
-from simmoe.validation.serving_rows import Row, Unspoken, described_parts, number, speculating, speculation_of, text
+from simmoe.validation.serving_rows import described_parts, speculating, speculation_of
 from simmoe.validation.summary import Comparison, Outcome
 
 _Z90 = 1.6449
@@ -37,10 +38,10 @@ def compare_row(row: Row, file: str, line: int, group: str, outcome: Outcome) ->
     try:
         quantity, measured, predicted, sigma = _predict(row)
     except Unspoken as reason:
-        outcome.skip(str(reason))
+        outcome.skip(str(reason), row=text(row, "source_id"))
         return
     except SimmoeError as problem:
-        outcome.skip(f"{type(problem).__name__}: {problem}")
+        outcome.skip(f"{type(problem).__name__}: {problem}", row=text(row, "source_id"))
         return
     spread = math.exp(_Z90 * math.hypot(sigma, _UNSEEN))
     band = predicted / spread, predicted * spread

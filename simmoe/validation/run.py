@@ -15,7 +15,7 @@ from rich.text import Text
 from simmoe.costs.operators.registry import described
 from simmoe.errors import MeasurementError
 from simmoe.specs.measurement import read_table, stem, table_paths
-from simmoe.validation import bench_json, kernels, misses, serving, showdown, showdown_table
+from simmoe.validation import bench_json, kernels, listed, misses, serving, showdown, showdown_table
 from simmoe.validation.bench_json import Setup
 from simmoe.validation.summary import GroupError, Outcome, summarise
 
@@ -50,16 +50,21 @@ def compare(paths: Sequence[Path], progress: Progress | None = None, setup: Setu
     file = Path(setup.hardware_name) if setup else None
     given = described(file) if file is not None and file.is_file() else None
     task = progress.add_task("comparing", total=len(tables) + len(results)) if progress else None
+    lists = []
     for path in tables:
         table = read_table(path)
         if kernels.is_kernel_table(table):
             outcome.extend(kernels.compare(table, given))
         elif serving.is_serving_table(table):
             outcome.extend(serving.compare(table))
+        elif listed.is_list(table):
+            lists.append(table)
         else:
             outcome.skip(f"{path.name}: columns of no kind simmoe compares", table.rows)
         if progress and task is not None:
             progress.advance(task)
+    for table in lists:
+        outcome.extend(listed.compare(table, tables, outcome))
     for path in results:
         found = _compare_results(path, setup)
         if not found.comparisons and not found.skipped:
@@ -113,6 +118,7 @@ def table(outcome: Outcome) -> RenderableType:
     parts: list[RenderableType] = [errors] if rest or not outcome.comparisons else []
     if len(rest) < len(outcome.comparisons):
         parts.append(showdown_table.table(outcome.comparisons))
+    parts += [listed.table(name, rows) for name, rows in outcome.lists.items()]
     blamed = blame_lines(outcome)
     if blamed:
         said = (

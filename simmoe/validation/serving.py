@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 
 from simmoe.errors import SimmoeError
@@ -17,11 +18,16 @@ from simmoe.load_curve import load_curve
 from simmoe.metrics import ServingMetrics
 from simmoe.predict import compiled_for, mean_step
 from simmoe.sim.cluster import simulate
+from simmoe.sim.disaggregated import Handover, transfer_of
+from simmoe.sim.pool import PoolSetup
+from simmoe.specs.cluster import Disaggregation
+from simmoe.specs.deployment import Deployment
 from simmoe.specs.measurement import Table, stem
 from simmoe.steady_state import steady_state
+from simmoe.validation.cells import BESIDE, Row, Unspoken, number, short, text
 from simmoe.validation.misses import of_step
 from simmoe.validation.phase_rows import compare_row, is_phase_row
-from simmoe.validation.serving_rows import Row, Run, Unspoken, describe, group_of, number, short, text
+from simmoe.validation.serving_rows import Run, describe, group_of
 from simmoe.validation.summary import Comparison, Outcome
 
 __all__ = ["Run", "Unspoken", "compare", "compare_runs", "describe", "figures", "is_serving_table", "rows_of", "solve"]
@@ -34,6 +40,8 @@ _NEEDED = frozenset({"source_id", "model", "gpu", "num_gpus", "engine", "tp", "i
 #: distribution, for TPOT (15 %) and TTFT (33 %); end to end between the two; gaps between tokens as TTFT, assumed.
 _UNSEEN_LOG_SIGMA = {"tpot": 0.22, "ttft": 0.5, "itl": 0.5, "e2e": 0.35}
 _UNSEEN_RATE = 0.22
+#: Gaps below this are between tokens of one network packet, not between steps. [ms]
+_LEAST_GAP_MS = 0.1
 #: column -> (quantity, latency's metric and statistic). A statistic that the source does not name is taken as the mean:
 #: TTFT of InferenceX's closed loops grows with the burst of first prompts, which a median of ten rounds does not see.
 _STATISTICS = {"mean": "mean", "median": "p50", "p99": "p99", "unspecified": "mean"}
@@ -49,12 +57,14 @@ def is_serving_table(table: Table) -> bool:
     return set(table.columns) >= _NEEDED
 
 
-def compare(table: Table) -> Outcome:
-    """Predict every row of a serving table that can be predicted."""
+def compare(table: Table, only: frozenset[str] | None = None) -> Outcome:
+    """Predict every row of a serving table that can be predicted; ``only``: those of these source ids."""
     source, file = stem(table.path), table.path.name
     lines = []
     phases = Outcome()
     for line, row in enumerate(rows_of(table), start=2):
+        if only is not None and text(row, "source_id") not in only:
+            continue
         group = "/".join((source, *(text(row, name) for name in ("model", "gpu", "engine")))) + group_of(row)
         if is_phase_row(row):
             compare_row(row, file, line, group, phases)
@@ -81,16 +91,16 @@ def compare_runs(file: str, lines: Iterable[tuple[int, Row, str, Callable[[], Ru
             run = told()
             metrics, sigma, notes = solve(run)
         except Unspoken as reason:
-            outcome.skip(str(reason))
+            outcome.skip(str(reason), row=text(row, "source_id"))
             continue
         except SimmoeError as problem:
-            outcome.skip(f"{type(problem).__name__}: {short(str(problem))}")
+            outcome.skip(f"{type(problem).__name__}: {short(str(problem))}", row=text(row, "source_id"))
             continue
         runs[line] = run
         outcome.notes |= dict.fromkeys(notes)
         found = figures(row, metrics, run)
         if not found:
-            outcome.skip("no measured throughput or latency in the row")
+            outcome.skip("no measured throughput or latency in the row", row=text(row, "source_id"))
         for quantity, measured, predicted in found:
             spread = math.exp(_Z90 * math.hypot(sigma, _UNSEEN_LOG_SIGMA.get(quantity.split("_")[0], _UNSEEN_RATE)))
             band = predicted / spread, predicted * spread
@@ -103,14 +113,16 @@ def compare_runs(file: str, lines: Iterable[tuple[int, Row, str, Callable[[], Ru
 
 
 def rows_of(table: Table) -> Iterator[dict[str, object]]:
-    """Rows as mappings from column to cell."""
+    """Rows as mappings from column to cell, and under `BESIDE` the table's folder."""
     columns = {name: table.text(name) if column.dtype.kind != "f" else column for name, column in table.columns.items()}
     for index in range(table.rows):
-        yield {name: column[index] for name, column in columns.items()}
+        yield {name: column[index] for name, column in columns.items()} | {BESIDE: str(table.path.parent)}
 
 
 def solve(run: Run, *, seed: int = 0) -> tuple[ServingMetrics, float, tuple[str, ...]]:
     """Metrics of a run, the log spread of its mean step, and the notes of its kernel times."""
+    if run.decode is not None:
+        return _solve_pools(run, run.decode, seed)
     parts = compiled_for(run.hardware, run.model, run.deployment, run.workload)
     tokens = parts.memory.kv_tokens
     curve = load_curve(parts.table, run.deployment, run.workload, tokens)
@@ -124,6 +136,7 @@ def solve(run: Run, *, seed: int = 0) -> tuple[ServingMetrics, float, tuple[str,
             seed=seed,
             warmup=0.0,
             keep_load=False,
+            policy=run.policy,
         ).metrics
     else:
         metrics, _ = steady_state(curve, run.deployment, run.workload, tokens)
@@ -132,10 +145,35 @@ def solve(run: Run, *, seed: int = 0) -> tuple[ServingMetrics, float, tuple[str,
     return metrics, sigma, tuple(parts.engine.times.notes)
 
 
+def _solve_pools(run: Run, decode: Deployment, seed: int) -> tuple[ServingMetrics, float, tuple[str, ...]]:
+    """As `solve`, prompts in one pool and outputs in another; each prefill replica has a front end."""
+    prefill, decoding = (compiled_for(run.hardware, run.model, d, run.workload) for d in (run.deployment, decode))
+    rule = Disaggregation(decode=decode)
+    setup = PoolSetup(table=decoding.table, deployment=decode, kv_tokens=decoding.memory.kv_tokens)
+    metrics = simulate(
+        prefill.table,
+        run.workload,
+        run.deployment,
+        prefill.memory.kv_tokens,
+        requests=run.requests,
+        seed=seed,
+        warmup=0.0,
+        keep_load=False,
+        handover=Handover(decode=setup, transfer=transfer_of(run.model, run.deployment, rule, run.hardware)),
+    ).metrics
+    tokens = decoding.memory.kv_tokens
+    curve = load_curve(decoding.table, decode, run.workload, tokens)
+    sigma = mean_step(decoding.table, curve, metrics, decode, run.workload).log_sigma
+    shared = replace(metrics, mean_running=metrics.mean_running / run.deployment.replicas)
+    seen = delayed(shared, prefill.engine.parameters, run.workload.input.mean)
+    notes = (*prefill.engine.times.notes, *decoding.engine.times.notes)
+    return replace(seen, mean_running=metrics.mean_running), sigma, notes
+
+
 def figures(row: Mapping[str, object], metrics: ServingMetrics, run: Run) -> list[tuple[str, float, float]]:
     """(quantity, measured, predicted) of a row: rates per second, latencies in milliseconds."""
     found = []
-    gpus = run.deployment.gpus
+    gpus = run.gpus
     rates = {
         "output_tokens_per_s": metrics.output_tokens_per_s,
         "total_tokens_per_s": metrics.total_tokens_per_s,
@@ -149,6 +187,7 @@ def figures(row: Mapping[str, object], metrics: ServingMetrics, run: Run) -> lis
             break
     for column, (quantity, metric, statistic) in _LATENCIES.items():
         measured = number(row, column) or 0.0
-        if measured > 0:
-            found.append((quantity, measured, 1e3 * float(getattr(getattr(metrics, metric), statistic))))
+        if measured > (_LEAST_GAP_MS if metric == "itl" else 0.0):
+            chunk = run.tokens_per_chunk if metric == "itl" else 1.0
+            found.append((quantity, measured, 1e3 * chunk * float(getattr(getattr(metrics, metric), statistic))))
     return found

@@ -1,19 +1,15 @@
 """From a row of the serving schema (validate/serving/README.md) to simmoe's specs: hardware, model, layout, traffic.
 
 What a row leaves unsaid is filled by the defaults below, the same for every row of an engine; nothing is adjusted to a
-row. Rows the model cannot speak to raise `Unspoken` with the reason. Left out: prefill and decode on separate devices,
-prefix caching. Checked against: tests/test_validation_serving.py.
+row. Rows the model cannot speak to raise `Unspoken` with the reason. Checked against:
+tests/test_validation_serving.py and _rows.py.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-
-import numpy as np
 
 from simmoe.errors import SimmoeError
 from simmoe.specs.deployment import Deployment
@@ -22,27 +18,16 @@ from simmoe.specs.hardware import Hardware
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.model import Model
 from simmoe.specs.speculative import Speculative
-from simmoe.specs.workload import Lengths, Workload
+from simmoe.specs.workload import Workload
+from simmoe.validation.cells import Row, Unspoken, integer, short, text
+from simmoe.validation.engine_limits import LIMITS, limits, policy, release
+from simmoe.validation.row_traffic import traffic
 from simmoe.validation.speculative_rows import speculation
 
-Row = Mapping[str, object]
+__all__ = ["Run", "Unspoken", "describe", "described_parts"]
 
-#: What engines default to where a row does not say. Sources: vLLM 0.8+ defaults of the API server on 80 GB Hopper and
-#: later (8192 tokens, 1024 sequences), SGLang's chunked_prefill_size on the same, TensorRT-LLM's max_num_tokens and
-#: max_batch_size. Where memory binds first the value does not matter.
-LIMITS: dict[str, dict[str, float]] = {
-    "vllm": {"max_num_batched_tokens": 8192, "max_num_seqs": 1024, "memory_fraction": 0.9},
-    "sglang": {"max_num_batched_tokens": 8192, "max_num_seqs": 2048, "memory_fraction": 0.88},
-    "trtllm": {"max_num_batched_tokens": 8192, "max_num_seqs": 2048, "memory_fraction": 0.9},
-}
-#: Requests of a closed-loop run per client, where a row gives no number: InferenceX scripts send ten; assumed of all.
-ROUNDS = 10
-#: Spread of ShareGPT's lengths (log-normal), and the longest prompt and answer that vLLM's sampling of it lets through.
-SHAREGPT_CV, SHAREGPT_LONGEST = 1.1, 1024
-
-
-class Unspoken(Exception):  # noqa: N818  (a reason, not an error)
-    """Why a row is not predicted."""
+#: Tokens per streamed message of InferenceX's SGLang recipes (``--stream-interval``), where a row gives no number.
+STREAM_INTERVAL = 10.0
 
 
 @dataclass(frozen=True)
@@ -51,7 +36,9 @@ class Run:
 
     Attributes
     ----------
-    requests : how many were sent in all, over a finite closed loop or all at once; None: a steady state.
+    requests : how many were sent in all, over a finite loop or all at once; None: a steady state.
+    tokens_per_chunk : tokens a streamed message holds; gaps "between tokens" are then between messages. [tokens]
+    decode : the pool that decodes, where ``deployment`` computes prompts only.
     """
 
     hardware: Hardware
@@ -59,6 +46,18 @@ class Run:
     deployment: Deployment
     workload: Workload
     requests: int | None = None
+    tokens_per_chunk: float = 1.0
+    decode: Deployment | None = None
+
+    @property
+    def gpus(self) -> int:
+        """Devices of all pools."""
+        return self.deployment.gpus + (self.decode.gpus if self.decode else 0)
+
+    @property
+    def policy(self) -> str | None:
+        """Scheduling policy, None: the engine's usual one."""
+        return policy(self.deployment)
 
     @property
     def native(self) -> bool:
@@ -75,13 +74,32 @@ def describe(row: Row) -> Run:
         If the row is of a kind simmoe does not predict yet, or lacks what a prediction needs.
     """
     drafts = speculation_of(row)
-    if text(row, "disaggregated") == "yes":
-        raise Unspoken("prefill and decode disaggregated")
     if text(row, "phase") not in ("", "mixed", "nan"):
         raise Unspoken("only one phase (prefill or decode) measured")
-    hardware, model, deployment = described_parts(row, engine=text(row, "engine"))
-    workload, requests = _traffic(row)
-    return Run(hardware, model, speculating(deployment, drafts), workload, requests)
+    engine, decode = text(row, "engine"), None
+    if text(row, "disaggregated") == "yes":
+        hardware, model, decode = described_parts(_pool(row, "decode"), engine=engine)
+        row = _pool(row, "prefill")
+    hardware, model, deployment = described_parts(row, engine=engine)
+    if decode is None:
+        deployment = speculating(deployment, drafts)
+    else:
+        decode = speculating(decode, drafts)
+    workload, requests = traffic(row)
+    return Run(hardware, model, deployment, workload, requests, _tokens_per_chunk(text(row, "notes")), decode)
+
+
+def _pool(row: Row, side: str) -> Row:
+    """The row as if one pool, prefill or decode, were all there is; a worker has tp x attention ranks devices."""
+    workers, tp = integer(row, f"{side}_workers"), integer(row, f"{side}_tp")
+    if workers is None or tp is None:
+        raise Unspoken("prefill and decode disaggregated, workers of either not said")
+    ranks = integer(row, f"{side}_dp_attention") or 1
+    cells = {
+        "num_gpus": workers * tp * ranks, "tp": tp, "dp": ranks, "dp_attention": "yes" if ranks > 1 else "no",
+        "ep": integer(row, f"{side}_ep") or 1, "pp": 1,
+    }  # fmt: skip
+    return {**row, **cells}
 
 
 def speculation_of(row: Row) -> tuple[Speculative | None, str]:
@@ -112,10 +130,10 @@ def described_parts(row: Row, *, engine: str) -> tuple[Hardware, Model, Deployme
         raise Unspoken(f"engine {engine!r} is not modelled")
     hardware = _hardware(text(row, "gpu"))
     model = _model(text(row, "model"))
-    gpus = _int(row, "num_gpus")
+    gpus = integer(row, "num_gpus")
     if gpus is None:
         raise Unspoken("number of GPUs unknown")
-    return hardware, model, _deployment(row, model, engine, gpus)
+    return hardware, model, _deployment(row, hardware, model, engine, gpus)
 
 
 @lru_cache(maxsize=256)
@@ -134,45 +152,23 @@ def _model(name: str) -> Model:
         raise Unspoken(f"no model preset for {name}") from None
 
 
-def _traffic(row: Row) -> tuple[Workload, int | None]:
-    input_tokens, output_tokens = number(row, "input_tokens"), number(row, "output_tokens")
-    if not input_tokens or not output_tokens:
-        raise Unspoken("input or output length unknown")
-    words = text(row, "length_distribution")
-    lengths = {"input": _lengths(input_tokens, words), "output": _lengths(output_tokens, words)}
-    concurrency, sent = _int(row, "concurrency"), _int(row, "num_requests")
-    rate = text(row, "request_rate")
-    if concurrency:
-        return Workload(concurrency=concurrency, **lengths), max(sent or ROUNDS * concurrency, concurrency)
-    if rate.startswith("inf"):
-        if not sent:
-            raise Unspoken("all requests at once, but how many is not said")
-        return Workload(concurrency=sent, **lengths), sent
-    found = re.search(r"measured ([\d.]+)", rate) or re.match(r"([\d.]+)", rate)
-    if not found:
-        raise Unspoken("neither concurrency nor request rate known")
-    return Workload(rate=float(found.group(1)), **lengths), None
+def _tokens_per_chunk(notes: str) -> float:
+    """Tokens of a streamed message where the row's ITL is told to be between messages."""
+    if "per streamed chunk" not in notes:
+        return 1.0
+    found = re.search(r"about (\d+) tokens", notes)
+    return float(found.group(1)) if found else STREAM_INTERVAL
 
 
-def _lengths(tokens: float, words: str) -> Lengths:
-    """Distribution of a length from its (nominal, or for ShareGPT mean) value and what the row says in words."""
-    if "[0.8,1.0]" in words:
-        low, high = max(1, round(0.8 * tokens)), max(1, round(tokens))
-        return Lengths(kind="uniform", mean=(low + high) / 2, low=low, high=high)
-    if "ShareGPT" in words and tokens < SHAREGPT_LONGEST:
-        return Lengths(kind="lognormal", mean=tokens, cv=SHAREGPT_CV, high=SHAREGPT_LONGEST)
-    return Lengths(mean=tokens)
-
-
-def _deployment(row: Row, model: Model, engine: str, gpus: int) -> Deployment:
-    tp, pp = _int(row, "tp"), _int(row, "pp") or 1
-    dp, ep = _int(row, "dp") or 1, _int(row, "ep") or 1
-    version = text(row, "engine_version")
+def _deployment(row: Row, hardware: Hardware, model: Model, engine: str, gpus: int) -> Deployment:
+    tp, pp = integer(row, "tp"), integer(row, "pp") or 1
+    dp, ep = integer(row, "dp") or 1, integer(row, "ep") or 1
+    version = release(engine, text(row, "engine_version"), text(row, "measured_date"))
     if tp is None:
         tp = max(1, gpus // (dp * pp))
     attention_dp = text(row, "dp_attention") == "yes" or "enable-dp-attention" in version
-    offline = text(row, "request_rate").startswith("inf (all queued)")
-    if offline and (version_numbers(version) or (0,)) >= _BENCH_ATTENTION_DP:
+    rate = text(row, "request_rate")
+    if rate.startswith("inf (all queued)") and (version_numbers(version) or (0,)) >= _BENCH_ATTENTION_DP:
         attention_dp = True
     if model.experts is None:
         ep, dp = 1, 1  # data-parallel dense models are independent replicas
@@ -185,19 +181,26 @@ def _deployment(row: Row, model: Model, engine: str, gpus: int) -> Deployment:
         ep = tp * dp
     elif ep > 1:
         ep = tp * dp
-    precision, kv = _precision(text(row, "precision"), model)
+    all_queued = engine == "trtllm" and rate.startswith("inf (all queued)")
+    precision, kv = _precision(text(row, "precision"), model, per_tensor=all_queued)
     if engine == "trtllm" and (precision or "") in _MODELOPT:
         kv = "fp8"
-    total, active = _int(row, "total_experts"), _int(row, "active_experts")
+    total, active = integer(row, "total_experts"), integer(row, "active_experts")
     cap: dict[str, int] = {}
     if model.experts is not None:
         if active and active != model.experts.top_k:
             cap["active_experts"] = active
         if total and total != model.experts.num_experts:
             cap["total_experts"] = total
+    words = f"{version} {text(row, 'notes')}"
+    bounds = limits(engine, version, hardware.device, model, offline="offline" in rate, words=words, dp=dp)
+    gathers = dp > 1 and ep > 1 and ep <= min(hardware.devices_per_node, _GATHERING_RANKS)
+    if engine == "trtllm" and hardware.scale_up.bandwidth < _NVLINK_BYTES_PER_S:
+        gathers = False
     values = {
         "gpus": gpus, "tp": tp, "ep": ep, "dp": dp, "pp": pp, "engine": engine, "engine_version": version or None,
-        "weight_precision": precision, "kv_precision": kv, **LIMITS[engine], **cap,
+        "weight_precision": precision, "kv_precision": kv, **bounds, **cap,
+        "exchange": {"algorithm": "gather"} if gathers else {},
     }  # fmt: skip
     try:
         return Deployment.model_validate(values)
@@ -205,6 +208,10 @@ def _deployment(row: Row, model: Model, engine: str, gpus: int) -> Deployment:
         raise Unspoken(f"layout not modelled: {short(str(problem))}") from None
 
 
+#: Largest group whose ranks all gather all tokens; beyond, engines send tokens to the experts' ranks.
+_GATHERING_RANKS = 8
+#: Below this, over PCIe, TensorRT-LLM scales as if little were exchanged; what it does was not found out. [B/s]
+_NVLINK_BYTES_PER_S = 100e9
 #: Formats whose TensorRT-LLM checkpoints (NVIDIA's ModelOpt) ask for an fp8 KV cache, as InferenceX's recipes do.
 _MODELOPT = frozenset({"fp8", "fp8_block", "nvfp4", "mxfp4"})
 #: From this release on, TensorRT-LLM's published maximum-load runs of MoE models use attention data parallelism
@@ -217,8 +224,11 @@ _PRECISIONS = (
 )  # fmt: skip
 
 
-def _precision(words: str, model: Model) -> tuple[str | None, str]:
-    """Weight and KV precision from a row's words; None: the checkpoint's."""
+def _precision(words: str, model: Model, *, per_tensor: bool = False) -> tuple[str | None, str]:
+    """Weight and KV precision from a row's words; None: the checkpoint's.
+
+    ``per_tensor``: fp8 of NVIDIA's own checkpoints (ModelOpt), one scale a tensor, unless the model is native fp8.
+    """
     lowered = words.lower()
     kv = "fp8" if "fp8 (weights and kv)" in lowered or "fp8 kv" in lowered else "bfloat16"
     if "unstated" in lowered or lowered in {"", "nan"} or "checkpoint" in lowered:
@@ -226,33 +236,8 @@ def _precision(words: str, model: Model) -> tuple[str | None, str]:
     for word, name in _PRECISIONS:
         if word in lowered:
             # DeepSeek-style checkpoints are block-scaled; dense ones are quantised per tensor
-            block = name == "fp8" and (model.native_precision == "fp8_block" or model.experts is not None)
+            block = name == "fp8" and (
+                model.native_precision == "fp8_block" or (model.experts is not None and not per_tensor)
+            )
             return ("fp8_block" if block else name), kv
     raise Unspoken(f"precision {words!r} not understood")
-
-
-def text(row: Row, name: str) -> str:
-    """A cell as text, empty if it is missing."""
-    value = row.get(name, "")
-    if isinstance(value, float | np.floating):
-        return "" if math.isnan(value) else f"{value:g}"
-    return str(value)
-
-
-def number(row: Row, name: str) -> float | None:
-    """A cell as a number, None if it is missing or not one."""
-    try:
-        value = float(row.get(name))  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return None
-    return None if math.isnan(value) else value
-
-
-def _int(row: Row, name: str) -> int | None:
-    value = number(row, name)
-    return None if value is None else round(value)
-
-
-def short(words: str) -> str:
-    """One line of at most 120 characters."""
-    return " ".join(words.split())[:120]

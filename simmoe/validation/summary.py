@@ -12,9 +12,12 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from simmoe.validation.listed import ListedRow
 
 #: Quantity of kernel rows.
 KERNEL_QUANTITY = "latency_us"
@@ -69,11 +72,17 @@ class Outcome:
     skipped: Counter[str] = field(default_factory=Counter)
     notes: dict[str, None] = field(default_factory=dict)
     explainers: dict[str, Explainer] = field(default_factory=dict)
+    skipped_rows: dict[str, str] = field(default_factory=dict)
+    """Source id of a run that was not predicted to the reason."""
+    lists: dict[str, list[ListedRow]] = field(default_factory=dict)
+    """Name of a list of rows (`simmoe.validation.listed`) to what became of them."""
 
-    def skip(self, reason: str, count: int = 1) -> None:
-        """Count rows that were not predicted."""
+    def skip(self, reason: str, count: int = 1, row: str = "") -> None:
+        """Count rows that were not predicted; ``row``: the source id of the one meant."""
         if count:
             self.skipped[reason] += count
+        if row:
+            self.skipped_rows[row] = reason
 
     def extend(self, other: Outcome) -> None:
         """Take over another outcome's results."""
@@ -81,6 +90,8 @@ class Outcome:
         self.skipped += other.skipped
         self.notes |= other.notes
         self.explainers |= other.explainers
+        self.skipped_rows |= other.skipped_rows
+        self.lists |= other.lists
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,10 +2,12 @@
 
 Model: latency plus the slower of two links. Normal (high-throughput) kernels send a token once to each rank that
 holds one of its experts, and once to each other node on the way; low-latency kernels send one copy per expert chosen.
-Experts are taken as chosen uniformly. Inside a node the rate is bound by NVLink and by the multiprocessors lent to the
-kernel; every copy also costs handling. Kernels and copy rules: DeepEP's README (deepseek-ai/DeepEP). Multi-node totals
-hold the exchange of token counts that comes first (``notify``). Left out: skewed routing, group-limited routing,
-overlap with compute, congestion beyond what 2 and 8 nodes showed. Compared with: profiles/*/moe_alltoall_*.
+Experts are taken as chosen uniformly, or within a token's best groups. Inside a node the rate is bound by NVLink and by
+the multiprocessors lent to the kernel; every copy also costs handling. Benchmarks that issue kernels from Python (vLLM,
+TensorRT-LLM) take no less time than that: the device works meanwhile. Kernels and copy rules: DeepEP's README
+(deepseek-ai/DeepEP). Multi-node totals hold the exchange of token counts that comes first (``notify``). Left out:
+skewed routing, overlap with compute, congestion beyond what 2 and 8 nodes showed. Compared with:
+profiles/*/moe_alltoall_*.
 """
 
 from __future__ import annotations
@@ -15,11 +17,13 @@ from numpy.typing import ArrayLike
 
 from simmoe.costs.operators.base import Array, Features, Operator, Parameter, Parameters, soft_max
 from simmoe.errors import CoverageError
+from simmoe.routing.groups import nodes_per_token
 from simmoe.specs.hardware import Hardware
 from simmoe.specs.measurement import Table
 
 DEFAULT_SMS = 20.0  # Buffer.num_sms in DeepEP
-DTYPE_BYTES = {"bfloat16": 2.0, "default": 2.0, "fp8": 1.0, "nvfp4": 0.5}
+#: Bytes an element takes on the wire; nvfp4 sends a scale byte with every 16 elements.
+DTYPE_BYTES = {"bfloat16": 2.0, "default": 2.0, "fp8": 1.0, "nvfp4": 0.5 + 1 / 16}
 LOW_LATENCY = ("deepep_low_latency", "deepep_ll", "trtllm_deepep_ll", "deepep_v2_generation")
 ROW_BYTES = 16384.0  # a bf16 row 8192 wide
 
@@ -28,6 +32,7 @@ PARAMETERS = (
     Parameter(
         name="row_s", unit="s", default=2e-6, lower=1e-9, upper=1e-4, meaning="passing one row of 16 KiB through"
     ),
+    Parameter(name="host_s", unit="s", default=3e-5, lower=1e-7, upper=1e-3, meaning="issuing the call from Python"),
     Parameter(name="expert_s", unit="s", default=1e-9, lower=1e-11, upper=1e-6, meaning="per expert in the model"),
     Parameter(name="link_efficiency", unit="-", default=0.6, lower=0.05, upper=1.5, meaning="of scale-up bandwidth"),
     Parameter(
@@ -46,11 +51,14 @@ PARAMETERS = (
     Parameter(name="network_gain", unit="-", default=0.8, lower=0.02, upper=2.0, meaning="its ratio, 8 nodes over 2"),
 )
 LINK_SHARPNESS = 4.0
+HOST_SHARPNESS = 4.0
 FILL_TOKENS = 64.0
 
 
-def seconds(features: Features, parameters: Parameters, hardware: Hardware, cold: bool) -> Array:  # noqa: ARG001
+def seconds(features: Features, parameters: Parameters, hardware: Hardware, cold: bool) -> Array:
     """Predicted time; one rank: 0. [s]
+
+    ``cold``: as an engine runs it, low-latency kernels replayed from a CUDA graph: nobody issues the call from Python.
 
     Raises
     ------
@@ -76,7 +84,10 @@ def seconds(features: Features, parameters: Parameters, hardware: Hardware, cold
     fixed = parameters["alpha_s"] + parameters["row_s"] * row / ROW_BYTES
     fixed = fixed + parameters["expert_s"] * features["num_experts"]
     fill = parameters["fill_s"] * tokens / (tokens + FILL_TOKENS)
-    return np.where(ranks > 1, fixed + fill + busy, 0.0)
+    replayed = (features["low_latency"] > 0) & cold
+    host = np.where(replayed, 0.0, parameters["host_s"])
+    time = soft_max(fixed + fill + busy, host, HOST_SHARPNESS)
+    return np.where(ranks > 1, time, 0.0)
 
 
 def roofline(features: Features, hardware: Hardware) -> Array:
@@ -111,7 +122,7 @@ def copies_per_token(features: Features) -> tuple[Array, Array]:
     experts = features["num_experts"]
     per_expert_in, per_expert_out = top_k * (local - 1.0) / ranks, top_k * (ranks - local) / ranks
     ranks_hit = ranks * _chance_hit(experts, experts / ranks, top_k)
-    once_in = ranks_hit * (local - 1.0) / local
+    once_in = ranks_hit * features["rank_share"] * (local - 1.0) / local
     once_out = (nodes - 1.0) * _chance_hit(experts, experts / nodes, top_k) * features["node_share"]
     quick = features["low_latency"] > 0
     return np.where(quick, per_expert_in, once_in), np.where(quick, per_expert_out, once_out)
@@ -135,7 +146,8 @@ def _network(hardware: Hardware) -> float:
         raise CoverageError(
             f"{hardware.name}: expert parallelism over several nodes, but no scale_out link is described"
         )
-    return hardware.scale_out.bandwidth
+    # ranks talk to those of their own index on other nodes: few flows, which share the core of an oversubscribed tree
+    return hardware.scale_out.bandwidth / (hardware.fabric.oversubscription if hardware.fabric else 1.0)
 
 
 def features_of(
@@ -151,6 +163,7 @@ def features_of(
     bytes_per_element: ArrayLike | None = None,
     sms: ArrayLike | None = None,
     node_share: ArrayLike = 1.0,
+    rank_share: ArrayLike = 1.0,
 ) -> Features:
     """Features of one exchange; everything broadcasts.
 
@@ -169,44 +182,67 @@ def features_of(
     node_share : array_like
         Other nodes a token goes to, over those in the benchmark. DeepEP's takes the best 4 nodes: combines measured
         over 8 nodes would pass the network's rate if tokens went to all they could. [-]
+    rank_share : array_like
+        Ranks a token goes to, over those it would reach if it could choose any expert. [-]
     """
     quick = kernel in LOW_LATENCY
     width = bytes_per_element if bytes_per_element is not None else (1.0 if phase == "dispatch" else 2.0)
     lent = sms if sms is not None else (0.0 if quick else DEFAULT_SMS)
     return _build(
-        tokens_per_rank, hidden, top_k, num_experts, ranks, nodes, width, lent, 1.0 if quick else 0.0, node_share
-    )
+        tokens_per_rank, hidden, top_k, num_experts, ranks, nodes, width, lent, 1.0 if quick else 0.0, node_share,
+        rank_share,
+    )  # fmt: skip
 
 
 def _build(*columns: ArrayLike) -> Features:
     names = (
         "tokens", "hidden", "top_k", "num_experts", "ranks", "nodes", "bytes_per_element", "sms", "low_latency",
-        "node_share",
+        "node_share", "rank_share",
     )  # fmt: skip
     values = np.broadcast_arrays(*columns)
     return {name: np.array(value, dtype=np.float64) for name, value in zip(names, values, strict=True)}
 
 
 def features(table: Table) -> Features:
-    """Features of measured rows; tables without ``comm_dtype`` (DeepEP's README) are fp8 out, bf16 back."""
+    """Features of measured rows; tables without ``comm_dtype`` (DeepEP's README) are fp8 out, bf16 back.
+
+    TensorRT-LLM's rows need their benchmark's code (aiconfigurator, collector/wideep/trtllm) to be read: its combine is
+    bf16 whatever ``comm_dtype`` says, its bulk kernels are lent DeepEP's default of multiprocessors, and its router is
+    the model's own, so that DeepSeek-V3's tokens go to four of eight groups. vLLM's draws experts freely.
+    """
+    phase = table.text("phase")
     if "comm_dtype" in table.columns:
         width = np.array([DTYPE_BYTES.get(str(name), np.nan) for name in table.text("comm_dtype")], dtype=np.float64)
     else:
-        width = np.where(table.text("phase") == "dispatch", 1.0, 2.0)
+        width = np.where(phase == "dispatch", 1.0, 2.0)
+    framework = table.text("framework") if "framework" in table.columns else np.full(table.rows, "")
+    trtllm = framework == "trtllm"
     quick = np.isin(table.text("kernel"), LOW_LATENCY)
-    ranks = table.number("num_ranks")
+    ranks, experts, top_k = (table.number(name) for name in ("num_ranks", "num_experts", "top_k"))
+    hidden = table.number("hidden_size")
+    sms = table.number("num_sms") if "num_sms" in table.columns else np.zeros(table.rows)
+    grouped = trtllm & (hidden == 7168) & (experts == 256) & (top_k == 8)
     return _build(
         table.number("num_tokens_per_rank"),
-        table.number("hidden_size"),
-        table.number("top_k"),
-        table.number("num_experts"),
+        hidden,
+        top_k,
+        experts,
         ranks,
         table.number("num_nodes") if "num_nodes" in table.columns else np.ceil(ranks / 8.0),
-        width,
-        table.number("num_sms") if "num_sms" in table.columns else np.where(quick, 0.0, DEFAULT_SMS),
+        np.where(trtllm & (phase == "combine"), 2.0, width),
+        np.where(~quick & (sms == 0), DEFAULT_SMS, sms),
         np.where(quick, 1.0, 0.0),
         1.0,
+        np.where(grouped, [group_rank_share(256, 8, int(count), 8, 4) for count in ranks], 1.0),
     )
+
+
+def group_rank_share(num_experts: int, top_k: int, ranks: int, num_groups: int, top_groups: int) -> float:
+    """Ranks reached by a token held to its best groups, over those reached by a free one. [-]"""
+    if top_groups >= num_groups or ranks <= 1 or num_experts % ranks:
+        return 1.0
+    held = nodes_per_token(num_experts, top_k, ranks, num_groups, top_groups)
+    return held / nodes_per_token(num_experts, top_k, ranks)
 
 
 def measured(table: Table) -> Array:
@@ -227,4 +263,5 @@ OPERATOR = Operator(
     group_columns=("num_ranks", "hidden_size", "top_k", "num_experts", "num_sms"),
     range_features=("tokens", "hidden", "ranks"),
     measured=measured,
+    sweep="tokens",
 )

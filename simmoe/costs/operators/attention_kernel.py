@@ -75,8 +75,10 @@ class PrefillWork:
     converted_bytes: Array
 
 
-def _p(name: str, unit: str, default: float, lower: float, upper: float, meaning: str) -> Parameter:
-    return Parameter(name=name, unit=unit, default=default, lower=lower, upper=upper, meaning=meaning)
+def _p(
+    name: str, unit: str, default: float, lower: float, upper: float, meaning: str, *, of_peak: bool = False
+) -> Parameter:
+    return Parameter(name=name, unit=unit, default=default, lower=lower, upper=upper, meaning=meaning, of_peak=of_peak)
 
 
 # Defaults are round figures between the H100 fits of the three frameworks: the uncalibrated prediction.
@@ -84,7 +86,7 @@ _SHARED = (
     _p("launch", "s", 8e-6, 1e-6, 3e-4, "Floor of a launched kernel, or of a block's chain of kernels."),
     _p("item", "s", 3e-6, 1e-8, 1e-4, "Fixed cost of one wave of work items over the SMs."),
     _p("memory_efficiency", "-", 0.85, 0.05, 1.05, "Reached share of the memory bandwidth."),
-    _p("compute_efficiency", "-", 0.6, 0.01, 1.0, "Reached share of the matrix peak, on padded tiles."),
+    _p("compute_efficiency", "-", 0.6, 0.01, 1.0, "Reached share of the matrix peak, on padded tiles.", of_peak=True),
     _p("combine", "s", 3e-6, 1e-9, 3e-5, "Cost of merging partial outputs once the context spans several blocks."),
     _p("combine_tokens", "tokens", 200.0, 8.0, 4000.0, "Context at which half of the merging cost is reached."),
     _p("reshape", "s", 1e-7, 1e-10, 2e-5, "Copy of the output where the framework needs one."),

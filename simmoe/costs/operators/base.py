@@ -23,7 +23,11 @@ Parameters = Mapping[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """One fitted number: its unit, its documented default (the uncalibrated prediction) and its bounds."""
+    """One fitted number: its unit, its documented default (the uncalibrated prediction) and its bounds.
+
+    ``of_peak``: a share of the matrix units' peak, which does not carry over to a device with another (see
+    `simmoe.costs.borrowing`).
+    """
 
     name: str
     unit: str
@@ -31,6 +35,7 @@ class Parameter:
     lower: float
     upper: float
     meaning: str
+    of_peak: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +65,9 @@ class Operator:
         Features whose measured minimum and maximum are recorded, to tell extrapolation.
     measured : callable, optional
         ``(table) -> seconds`` where the measured time is not the column ``latency_us`` alone.
+    sweep : str, optional
+        Feature that a benchmark raises step by step with all others fixed: neighbouring rows tell the scatter of
+        the measurement itself.
     """
 
     name: str
@@ -71,6 +79,7 @@ class Operator:
     group_columns: tuple[str, ...]
     range_features: tuple[str, ...]
     measured: Callable[[Table], Array] | None = None
+    sweep: str | None = None
 
     @property
     def defaults(self) -> dict[str, float]:

@@ -257,7 +257,8 @@ def roofline(features: Features, hardware: Hardware) -> Array:
 
 
 def _parameter(name: str, unit: str, default: float, lower: float, upper: float, meaning: str) -> Parameter:
-    return Parameter(name=name, unit=unit, default=default, lower=lower, upper=upper, meaning=meaning)
+    of_peak = name.startswith(("flops_", "default_"))
+    return Parameter(name=name, unit=unit, default=default, lower=lower, upper=upper, meaning=meaning, of_peak=of_peak)
 
 
 # Defaults are rounded H100 fits of the vLLM kernels: what an uncalibrated prediction uses.

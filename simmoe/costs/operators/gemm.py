@@ -55,12 +55,12 @@ def features_of(
 
 def features(table: Table) -> Features:
     """Features of measured rows; grouped DeepGEMM rows become NaN (they are no dense products)."""
-    kernel_alone = "dtype" not in table.columns
+    kernel_alone = "kernel" in table.columns  # DeepGEMM, timed without the pass that quantises its input
     if "m_per_group" in table.columns:  # DeepGEMM's own tables
         m = np.where(table.text("variant") == "dense", table.number("m_per_group"), np.nan)
     else:
         m = table.number("m")
-    width = np.ones(table.rows) if kernel_alone else matmul.element_bytes(table.text("dtype"))
+    width = matmul.element_bytes(table.text("dtype"))
     eight_bit = width == 1.0
     inside = np.where(eight_bit & (not kernel_alone), 1.0, 0.0)
     return matmul.build(

@@ -47,7 +47,13 @@ PARAMETERS = (
         meaning="share of the re-reads of operands beyond L2",
     ),
     Parameter(
-        name="compute_efficiency", unit="-", default=0.75, lower=0.02, upper=1.0, meaning="of peak, inside a tile"
+        name="compute_efficiency",
+        unit="-",
+        default=0.75,
+        lower=0.02,
+        upper=1.0,
+        meaning="of peak, inside a tile",
+        of_peak=True,
     ),
     Parameter(
         name="sm_feed",

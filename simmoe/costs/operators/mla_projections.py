@@ -34,6 +34,7 @@ PARAMETERS = (
         lower=0.05,
         upper=1.0,
         meaning="Reached share of the matrix peak in the projections.",
+        of_peak=True,
     ),
     Parameter(
         name="projection_io_efficiency",

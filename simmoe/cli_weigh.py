@@ -1,0 +1,155 @@
+"""Commands that weigh speed against quality, and training against serving: frontier, scaling."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from simmoe.console import show, show_json
+from simmoe.errors import SpecError
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
+
+
+def frontier(
+    hardware: Annotated[str, typer.Argument(help="Hardware file or shipped name.")],
+    model: Annotated[str, typer.Option(help="Preset, YAML file or config.json.")] = "deepseek-v2-lite",
+    gpus: Annotated[int, typer.Option(help="Devices.")] = 1,
+    tp: Annotated[int | None, typer.Option(help="Tensor-parallel size. [default: all devices of a replica]")] = None,
+    ep: Annotated[int, typer.Option(help="Expert-parallel size.")] = 1,
+    dp: Annotated[int, typer.Option(help="Data-parallel attention ranks.")] = 1,
+    concurrency: Annotated[str | None, typer.Option(help="Requests in flight. [default: 8,64,256]")] = None,
+    rate: Annotated[str | None, typer.Option(help="Or requests per second, e.g. 2,8,16.")] = None,
+    input_tokens: Annotated[float, typer.Option("--input", help="Mean input tokens.")] = 1024,
+    output_tokens: Annotated[float, typer.Option("--output", help="Mean output tokens.")] = 1024,
+    caps: Annotated[str | None, typer.Option(help="Caps on active experts. [default: native, 3/4, 1/2, 1/4]")] = None,
+    pools: Annotated[str | None, typer.Option(help="Pool sizes after removing experts, e.g. 48,32.")] = None,
+    refill: Annotated[bool, typer.Option("--refill", help="Also caps refilled from experts the batch woke.")] = False,
+    price: Annotated[float | None, typer.Option(help="USD per device-hour; else the file's. ")] = None,
+    benchmark: Annotated[
+        str | None, typer.Option(help="Benchmark on the plot's axis. [default: the first known]")
+    ] = None,
+    engine: Annotated[str | None, typer.Option(help="vllm, sglang, trtllm or generic.")] = None,
+    engine_version: Annotated[str | None, typer.Option(help="Its version, e.g. 0.4.4.post1.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Weights: bfloat16, fp8, fp8_block, int8, int4 ...")] = None,
+    measured: Annotated[Path | None, typer.Option(help="Table of measured runs to show gains beside.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw speed against quality to this file.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Weigh throughput and cost against measured quality over caps, pools and refilled caps.
+
+    For example:
+
+    `simmoe frontier h100 --model deepseek-v2-lite --caps 6,4,2 --pools 48,32 --plot frontier.png`
+
+    `simmoe frontier h200 --model deepseek-v3 --gpus 8 --concurrency 16,64,128 --json`
+
+    `simmoe frontier h100 --model qwen3-30b-a3b --caps 8,6,5,4,3 --refill`
+
+    Beside measured runs: docs/frontiers.md.
+    """
+    from simmoe import frontier_report  # noqa: PLC0415
+    from simmoe.planning import frontier as frontiers  # noqa: PLC0415
+    from simmoe.planning.offers import offer  # noqa: PLC0415
+    from simmoe.specs import flags, load  # noqa: PLC0415
+
+    if rate is not None and concurrency is not None:
+        raise SpecError("give --rate (open loop) or --concurrency (closed loop), not both")
+    loads = _numbers("rate", rate) if rate is not None else _numbers("concurrency", concurrency or "8,64,256")
+    described, shapes = load.load_hardware(hardware), load.load_model(model)
+    priced = described.price_per_device_hour is not None or price is not None
+    workload = flags.workload_from(
+        None,
+        rate=loads[0] if rate is not None else None,
+        concurrency=None if rate is not None else round(loads[0]),
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+    )
+    found = frontiers.frontier(
+        described,
+        shapes,
+        flags.deployment_from(
+            None,
+            gpus=gpus,
+            tp=tp,
+            ep=ep,
+            dp=dp,
+            engine=engine,
+            engine_version=engine_version,
+            weight_precision=precision,
+        ),
+        workload,
+        frontiers.policies(
+            shapes,
+            caps=[round(n) for n in _numbers("caps", caps)] if caps else None,
+            pools=[round(n) for n in _numbers("pools", pools)] if pools else (),
+            refill=refill,
+        ),
+        loads=loads,
+        usd_per_device_hour=offer(described, price, name=hardware).usd_per_device_hour if priced else None,
+    )
+    beside = frontier_report.read_measured(measured, found) if measured else None
+    if plot is not None:
+        frontier_report.plot(found, plot, benchmark, beside)
+    if json:
+        show_json(frontier_report.frontier_json(found, beside))
+    else:
+        show(frontier_report.frontier_table(found, beside))
+
+
+def scaling(
+    budget: Annotated[float, typer.Option(help="Training budget. [FLOP]")] = 5.15e21,
+    experts: Annotated[str, typer.Option(help="Expert counts to compare.")] = "1,4,8,16,32",
+    reference: Annotated[int, typer.Option(min=1, help="Expert count whose loss is to be matched.")] = 4,
+    hardware: Annotated[str, typer.Option(help="What serves the model.")] = "a100-40gb",
+    price: Annotated[float | None, typer.Option(help="USD per device-hour; else the file's.")] = None,
+    input_tokens: Annotated[float, typer.Option("--input", help="Mean input tokens.")] = 161,
+    output_tokens: Annotated[float, typer.Option("--output", help="Mean output tokens.")] = 338,
+    json: JsonOption = False,
+) -> None:
+    """Weigh training budget against serving cost over expert counts, with the scaling law of MoE models.
+
+    For example:
+
+    `simmoe scaling`
+
+    `simmoe scaling --budget 8.18e21 --experts 1,4,8,16 --hardware h100 --json`
+
+    Default lengths: mean ShareGPT prompt and answer, as vLLM's first paper states them (arXiv 2309.06180, section 6.1).
+    """
+    from simmoe import training_report  # noqa: PLC0415
+    from simmoe.planning import training  # noqa: PLC0415
+    from simmoe.planning.offers import offer  # noqa: PLC0415
+    from simmoe.specs import flags, load  # noqa: PLC0415
+
+    counts = sorted({reference, *(round(n) for n in _numbers("experts", experts))})
+    sold = offer(load.load_hardware(hardware), price, name=hardware)
+    base, choices = training.compare(
+        budget,
+        counts,
+        sold,
+        flags.workload_from(None, rate=1.0, concurrency=None, input_tokens=input_tokens, output_tokens=output_tokens),
+        reference=reference,
+    )
+    if json:
+        show_json(training_report.training_json(budget, base, choices, sold))
+    else:
+        show(training_report.training_table(budget, base, choices, sold, reference))
+
+
+def _numbers(flag: str, text: str) -> list[float]:
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise SpecError(f"--{flag} {text!r}: give numbers with commas, e.g. 8,64,256") from None
+    if min(numbers) <= 0:
+        raise SpecError(f"--{flag} {text!r}: every number must be above 0")
+    return numbers
+
+
+def mount(app: typer.Typer) -> None:
+    """Add the commands to the app."""
+    app.command()(frontier)
+    app.command()(scaling)

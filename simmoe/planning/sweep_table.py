@@ -1,0 +1,119 @@
+"""The table of a sweep on disk: it grows row by row, can be gone on with, and becomes Parquet at the end."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from simmoe.errors import MeasurementError, SpecError
+
+Row = dict[str, Any]
+
+
+def _journal(out: Path) -> Path:
+    return out if out.suffix == ".csv" else out.with_suffix(".csv")
+
+
+class Journal:
+    """Appends rows to a sweep's CSV file, each complete on disk before the next; a context manager.
+
+    Raises
+    ------
+    SpecError, MeasurementError
+        On entering: if the name ends otherwise, or the file holds something else.
+    """
+
+    def __init__(self, out: Path | None, names: Sequence[str]) -> None:
+        self._out, self._names = out, names
+
+    def __enter__(self) -> Callable[[Row], None]:
+        if self._out is None:
+            return lambda _: None
+        if self._out.suffix not in (".csv", ".parquet"):
+            raise SpecError(f"--out {self._out}: end the name in .csv or .parquet")
+        path = _journal(self._out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = list(read_rows(self._out).values())
+        if whole and list(whole[0]) != list(self._names):
+            raise MeasurementError(f"{path}: holds a sweep over other fields; choose another --out")
+        # written anew beside it: a run that was killed may have left half a line at the end
+        unfinished = path.with_name(path.name + ".tmp")
+        self._file = unfinished.open("w", encoding="utf-8", newline="")
+        writer = csv.DictWriter(self._file, self._names)
+        writer.writeheader()
+        writer.writerows(whole)
+        self._file.flush()
+        unfinished.replace(path)
+
+        def write(row: Row) -> None:
+            writer.writerow(row)
+            self._file.flush()
+
+        return write
+
+    def __exit__(self, *_: object) -> None:
+        if self._out is not None:
+            self._file.close()
+
+
+def read_rows(out: Path) -> dict[str, Row]:
+    """Rows that an earlier run completed, by point.
+
+    Raises
+    ------
+    MeasurementError
+        If the file is not a table of a sweep.
+    """
+    path = _journal(out)
+    if not path.exists():
+        return {}
+    text = path.read_bytes().decode("utf-8")
+    with io.StringIO(text[: text.rfind("\n") + 1], newline="") as file:  # the last line may be half written
+        reader = csv.DictReader(file)
+        if "point" not in (reader.fieldnames or ()):
+            raise MeasurementError(f"{path}: not a table of a sweep (no column point); choose another --out")
+        rows = [row for row in reader if None not in row.values() and None not in row and row["status"]]
+    return {row["point"]: {name: _number(name, text) for name, text in row.items()} for row in rows}
+
+
+def _number(name: str, text: str) -> Any:
+    if text == "":
+        return None
+    if name == "point":
+        return text
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def write_parquet(rows: Sequence[Row], names: Sequence[str], out: Path) -> None:
+    """Write all rows as Parquet.
+
+    Raises
+    ------
+    SpecError
+        If pyarrow is not installed.
+    """
+    try:
+        import pyarrow as pa  # noqa: PLC0415  (an extra)
+        import pyarrow.parquet as pq  # noqa: PLC0415
+    except ImportError:
+        raise SpecError(
+            f"{out}: Parquet needs pyarrow; install it with `pip install simmoe[import]` (rows are in {_journal(out)})"
+        ) from None
+    columns = {name: [row[name] for row in rows] for name in names}
+    table = {
+        name: values if all(v is None or isinstance(v, (int, float)) for v in values) else [_text(v) for v in values]
+        for name, values in columns.items()
+    }
+    pq.write_table(pa.table(table), out)
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
