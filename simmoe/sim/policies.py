@@ -88,6 +88,18 @@ def no_evict(s: Scheduler, now: int) -> bool:
     return True
 
 
+def _prompts_or_tokens(s: Scheduler, now: int) -> bool:
+    """A step of the prompts just admitted, decodes paused; else one of decodes, preempting while blocks lack."""
+    if s.chunks:
+        s.pause(now)
+        return True
+    preempted = False
+    while s.pool.need(s.step) > s.pool.free:
+        s.preempt_newest(now)
+        preempted = True
+    return not preempted
+
+
 def prefill_first(s: Scheduler, now: int) -> bool:
     """Prompts before tokens: while somebody can be admitted, a step holds prompt chunks only and decodes pause.
 
@@ -133,14 +145,7 @@ def prefill_first(s: Scheduler, now: int) -> bool:
         seats -= 1
         room -= blocks + idle
         budget -= new
-    if s.chunks:
-        s.pause(now)
-        return True
-    preempted = False
-    while pool.need(s.step) > pool.free:
-        s.preempt_newest(now)
-        preempted = True
-    return not preempted
+    return _prompts_or_tokens(s, now)
 
 
 def whole_prompts(s: Scheduler, now: int) -> bool:
@@ -161,14 +166,7 @@ def whole_prompts(s: Scheduler, now: int) -> bool:
         s.admit(new, blocks, now, cached, hit)
         room -= blocks + idle
         budget -= new
-    if s.chunks:
-        s.pause(now)
-        return True
-    preempted = False
-    while pool.need(s.step) > pool.free:
-        s.preempt_newest(now)
-        preempted = True
-    return not preempted
+    return _prompts_or_tokens(s, now)
 
 
 NEW_TOKEN_RATIO = 0.1
