@@ -126,7 +126,7 @@ def plot_throughput(
     hardware: Hardware, model: Model, deployment: Deployment, workload: Workload, caps: Sequence[int], path: Path
 ) -> None:
     """Draw throughput and time per output token against load, a line per cap on active experts."""
-    from simmoe import plots  # noqa: PLC0415  (matplotlib only once something is drawn)
+    from simmoe.report import plots  # noqa: PLC0415  (matplotlib only once something is drawn)
 
     plots.throughput_against_load(hardware, model, deployment, workload, caps, path)
 
@@ -139,6 +139,6 @@ def plot_frontier(found: Frontier, path: Path, benchmark: str | None = None) -> 
     MeasurementError
         If nothing is known of the benchmark for this model.
     """
-    from simmoe import frontier_report  # noqa: PLC0415
+    from simmoe.report import frontier as frontier_report  # noqa: PLC0415
 
     frontier_report.plot(found, path, benchmark)

@@ -1,6 +1,6 @@
 """The answer for one deployment under one workload: metrics, what bounds them, memory, breakdown, and how sure.
 
-Puts the engine's step table into the closed-form steady state (`simmoe.steady_state`). The interval comes from the
+Puts the engine's step table into the closed-form steady state (`simmoe.steady.state`). The interval comes from the
 residual spread of the kernel fits, part by part, weighted by each part's share of the mean step.
 """
 
@@ -14,10 +14,9 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from simmoe.costs.memory import MemoryFootprint, footprint
-from simmoe.engine import Engine
+from simmoe.engine.engine import Engine
+from simmoe.engine.step import Batch, StepBreakdown, StepTable
 from simmoe.errors import SaturationError, SpecError
-from simmoe.front_end import delayed
-from simmoe.load_curve import Curve, load_curve, saturation_requests_per_s
 from simmoe.metrics import ServingMetrics
 from simmoe.provenance import Provenance, stamp
 from simmoe.specs.deployment import Deployment
@@ -25,8 +24,9 @@ from simmoe.specs.engines import EngineParameters
 from simmoe.specs.hardware import Hardware
 from simmoe.specs.model import Model
 from simmoe.specs.workload import Workload
-from simmoe.steady_state import steady_state
-from simmoe.step import Batch, StepBreakdown, StepTable
+from simmoe.steady.front_end import delayed
+from simmoe.steady.load_curve import Curve, load_curve, saturation_requests_per_s
+from simmoe.steady.state import steady_state
 
 #: Two-sided 90 % of a normal distribution.
 _Z90 = 1.6449

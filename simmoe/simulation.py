@@ -18,7 +18,6 @@ import numpy as np
 
 from simmoe.costs.kv_offload import host_tier_of
 from simmoe.costs.memory import MemoryFootprint
-from simmoe.front_end import at_client
 from simmoe.metrics import Quantiles, RequestTable, ServingMetrics, meets
 from simmoe.output_analysis import batch_means_interval, t_interval
 from simmoe.predict import compiled_for
@@ -31,6 +30,7 @@ from simmoe.specs.engines import EngineParameters
 from simmoe.specs.scenario import Scenario
 from simmoe.specs.traces import read_trace
 from simmoe.specs.workload import Workload
+from simmoe.steady.front_end import at_client
 from simmoe.units import text
 
 #: Measured requests of an endless workload if nothing is said.

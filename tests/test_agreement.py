@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from simmoe.errors import CapacityError, SpecError
-from simmoe.load_curve import load_curve, saturation_requests_per_s
 from simmoe.predict import compiled_for, predict
 from simmoe.sim.cluster import simulate
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.workload import Lengths, Workload
+from simmoe.steady.load_curve import load_curve, saturation_requests_per_s
 
 MODELS = ("deepseek-v2-lite", "qwen3-30b-a3b", "mixtral-8x7b", "olmoe-1b-7b", "deepseek-v3")
 DEVICES = ("h100", "h200", "l40s", "a100")

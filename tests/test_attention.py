@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simmoe import calibrate
+from simmoe.calibrate import fit as calibrate
 from simmoe.costs.operators import gqa, mla
 from simmoe.costs.operators.base import Operator
 from simmoe.costs.operators.mla_projections import projection_work

@@ -6,7 +6,7 @@ import math
 import pytest
 from typer.testing import CliRunner
 
-from simmoe.cli import app
+from simmoe.cli.main import app
 from simmoe.errors import MeasurementError, SpecError
 from simmoe.predict import predict
 from simmoe.specs.load import load_hardware, load_model

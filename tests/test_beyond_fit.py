@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from simmoe import calibration_report, cli, console
-from simmoe.beyond_fit import OUTSIDE, STATED, Beyond, added_log_sigma, experiments
+from simmoe import console
+from simmoe.calibrate.beyond import OUTSIDE, STATED, Beyond, added_log_sigma, experiments
+from simmoe.cli import main as cli
 from simmoe.costs import borrowing
 from simmoe.errors import CalibrationError
+from simmoe.report import calibration as calibration_report
 
 PROFILES = Path(__file__).parents[1] / "profiles"
 

@@ -9,10 +9,10 @@ from simmoe.costs import borrowing
 from simmoe.costs.calibration import Calibration, FittedParameter, OperatorFit
 from simmoe.costs.operators import experts, gemm, mla
 from simmoe.costs.timing import KernelTimes, kernel_times
-from simmoe.engine import Engine
+from simmoe.engine.engine import Engine
+from simmoe.engine.step import Batch
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.load import load_hardware, load_model
-from simmoe.step import Batch
 
 H100, H200, H20, H800, A100 = (load_hardware(name) for name in ("h100", "h200", "h20", "h800", "a100"))
 OPERATORS = (gemm.OPERATOR, experts.MOE, mla.MLA_DECODE, mla.MLA_PREFILL)
@@ -64,8 +64,8 @@ def test_measured_kernels_of_another_device_are_better_met_with_the_rule_than_wi
     """H800's DeepGEMM fits, put to H20's measured times: `simmoe calibrate --beyond` prints all pairs."""
     from pathlib import Path
 
+    from simmoe.calibrate.kernels import plan
     from simmoe.costs.calibration import load
-    from simmoe.kernel_calibration import plan
 
     root = Path(__file__).parents[1] / "profiles"
     (entry,), _ = plan([root / "h20" / "gemm_h20.csv"])

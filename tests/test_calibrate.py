@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simmoe.calibrate import Sample, calibrate_operator, fit, held_out, samples
+from simmoe.calibrate.fit import Sample, calibrate_operator, fit, held_out, samples
 from simmoe.costs.calibration import Calibration, FittedParameter, dump, load
 from simmoe.costs.operators import gemm
 from simmoe.costs.operators.base import Operator, Parameter

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from simmoe.cli import app
+from simmoe.cli.main import app
 from simmoe.validation import claims
 from simmoe.validation.claims import Claim, holds, speak
 

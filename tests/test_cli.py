@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from simmoe import cli
+from simmoe.cli import main as cli
 
 ROOT = Path(__file__).parents[1]
 

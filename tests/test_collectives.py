@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simmoe import calibrate
+from simmoe.calibrate import fit as calibrate
 from simmoe.costs import collectives
 from simmoe.costs.operators import allreduce, alltoall, nccl
 from simmoe.errors import CoverageError

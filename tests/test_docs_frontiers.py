@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from simmoe import cli
+from simmoe.cli import main as cli
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "frontiers.md").read_text(encoding="utf-8")

@@ -4,17 +4,17 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from simmoe.cli import app
+from simmoe.cli.main import app
 from simmoe.costs.memory import check_layout, kv_bytes_per_token, weights_per_device_bytes
 from simmoe.costs.work import parameters
-from simmoe.engine import Engine
+from simmoe.engine.engine import Engine
+from simmoe.engine.step import Batch
 from simmoe.errors import SpecError
 from simmoe.predict import predict
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.variants import dense_equivalent
 from simmoe.specs.workload import Lengths, Workload
-from simmoe.step import Batch
 
 H100 = load_hardware("h100")
 NLLB = load_model("nllb-moe-54b")

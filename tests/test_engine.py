@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simmoe.costs.operators import elementwise
-from simmoe.engine import Engine
+from simmoe.engine.engine import Engine
+from simmoe.engine.step import Batch, StepBreakdown, spread
 from simmoe.errors import SpecError
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.load import load_hardware, load_model
-from simmoe.step import Batch, StepBreakdown, spread
 
 HARDWARE = {name: load_hardware(name) for name in ("h100", "h200", "a100", "l40s", "a800-pcie")}
 MODELS = {

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from simmoe.costs.memory import weights_per_device_bytes
-from simmoe.engine import Engine
+from simmoe.engine.engine import Engine
+from simmoe.engine.step import Batch
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.engines import EngineParameters
 from simmoe.specs.load import load_hardware, load_model
-from simmoe.step import Batch
 
 AROUND = EngineParameters(
     engine="vllm", source="test", nucleus_time=1e-3, nucleus_bytes_per_logit=330.0, pads_to_graphs=True

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from simmoe import engine_calibration
-from simmoe.engine import Engine
+from simmoe.calibrate import engines as engine_calibration
+from simmoe.engine.engine import Engine
 from simmoe.errors import CalibrationError
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.engines import engine_kernels, engine_parameters, version_numbers

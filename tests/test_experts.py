@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simmoe import calibrate
+from simmoe.calibrate import fit as calibrate
 from simmoe.costs.operators import experts, experts_deepgemm
 from simmoe.costs.operators.experts import MOE, features_of, preferred_kernel
 from simmoe.errors import MeasurementError

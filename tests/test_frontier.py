@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 from typer.testing import CliRunner
 
-from simmoe import cli, frontier_report
+from simmoe.cli import main as cli
 from simmoe.errors import MeasurementError, SpecError
 from simmoe.planning.frontier import Policy, front, frontier, policies
+from simmoe.report import frontier as frontier_report
 from simmoe.specs import load
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.workload import Lengths, Workload

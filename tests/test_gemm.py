@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simmoe import calibrate
+from simmoe.calibrate import fit as calibrate
 from simmoe.costs.operators import bmm, gemm, matmul
 from simmoe.specs.load import load_hardware
 from simmoe.specs.measurement import read_table

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simmoe.calibrate import calibrate_operator, samples
+from simmoe.calibrate.fit import calibrate_operator, samples
 from simmoe.costs.operators import bmm, experts, gemm, gqa, mla
 from simmoe.costs.operators.host import is_host, operator_on
 from simmoe.costs.operators.host_attention import HOST_MLA_DECODE, HOST_MLA_PREFILL
@@ -15,14 +15,14 @@ from simmoe.costs.operators.host_glue import HOST_GLUE, layer_features, step_fea
 from simmoe.costs.operators.host_products import HOST_GEMM, HOST_MOE, VECTOR_ROWS, packed_share
 from simmoe.costs.operators.registry import operator_of
 from simmoe.costs.timing import kernel_times
-from simmoe.engine import Engine
+from simmoe.engine.engine import Engine
+from simmoe.engine.step import Batch
 from simmoe.errors import CalibrationError
 from simmoe.routing.expert_load import expected_load
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.hardware import Hardware
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.measurement import Table
-from simmoe.step import Batch
 
 CPU = Hardware.model_validate(
     {
@@ -200,7 +200,7 @@ def test_a_step_on_a_cpu_counts_measured_glue_instead_of_small_kernels():
 def test_fitting_without_scipy_says_what_to_install(monkeypatch):
     import sys
 
-    from simmoe import calibrate
+    from simmoe.calibrate import fit as calibrate
 
     monkeypatch.setitem(sys.modules, "scipy", None)
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)

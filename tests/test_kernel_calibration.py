@@ -8,15 +8,15 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from simmoe import kernel_calibration
-from simmoe.calibrate import Sample, calibrate_operator, samples, scatter_percent
-from simmoe.cli import app
+from simmoe.calibrate import kernels as kernel_calibration
+from simmoe.calibrate.checks import check, gaps, outliers, unidentified
+from simmoe.calibrate.fit import Sample, calibrate_operator, samples, scatter_percent
+from simmoe.cli.main import app
 from simmoe.costs import calibration as calibration_files
 from simmoe.costs.operators import gemm
 from simmoe.costs.operators.registry import described, measured_device
 from simmoe.costs.timing import kernel_times
 from simmoe.errors import CalibrationError, SpecError
-from simmoe.fit_checks import check, gaps, outliers, unidentified
 from simmoe.specs.load import data_folder, load_hardware
 from simmoe.specs.measurement import read_table
 

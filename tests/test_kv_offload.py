@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from simmoe.engine.step import StepTable
 from simmoe.sim.arrivals import Recorded
 from simmoe.sim.cluster import simulate
 from simmoe.sim.kv_cache import BlockPool
@@ -19,7 +20,6 @@ from simmoe.sim.scheduler import Request, Scheduler
 from simmoe.sim.ticks import to_ticks
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.workload import Lengths, Workload
-from simmoe.step import StepTable
 
 BLOCK = 16
 SEATS = 32

@@ -16,16 +16,18 @@ torch = pytest.importorskip("torch")
 
 from typer.testing import CliRunner  # noqa: E402
 
-from simmoe import live_figures, live_report, live_validation  # noqa: E402
-from simmoe.cli import app  # noqa: E402
+from simmoe.cli.main import app  # noqa: E402
 from simmoe.costs.calibration import Calibration, FittedParameter, OperatorFit, dump  # noqa: E402
 from simmoe.costs.operators.host_attention import HOST_MLA_DECODE, HOST_MLA_PREFILL  # noqa: E402
 from simmoe.costs.operators.host_glue import HOST_GLUE  # noqa: E402
 from simmoe.costs.operators.host_products import HOST_BMM, HOST_GEMM, HOST_MOE  # noqa: E402
 from simmoe.costs.operators.registry import operator_of  # noqa: E402
+from simmoe.engine.step import Batch  # noqa: E402
 from simmoe.errors import SpecError  # noqa: E402
-from simmoe.live_figures import Cell, Figures, LiveOutcome, figures_of  # noqa: E402
-from simmoe.live_validation import LiveSettings, validate_live  # noqa: E402
+from simmoe.live import figures as live_figures  # noqa: E402
+from simmoe.live import validation as live_validation  # noqa: E402
+from simmoe.live.figures import Cell, Figures, LiveOutcome, figures_of  # noqa: E402
+from simmoe.live.validation import LiveSettings, validate_live  # noqa: E402
 from simmoe.metrics import RequestTable, StepLog  # noqa: E402
 from simmoe.predict import compiled_for  # noqa: E402
 from simmoe.profiling.candidates import CANDIDATES, Limits  # noqa: E402
@@ -40,11 +42,11 @@ from simmoe.profiling.probes import Probe  # noqa: E402
 from simmoe.profiling.served_model import LIVE_MODEL, ServedModel  # noqa: E402
 from simmoe.profiling.tables import EXTRA, KEYS  # noqa: E402
 from simmoe.profiling.timing import Effort, Sweep, measure  # noqa: E402
+from simmoe.report import live as live_report  # noqa: E402
 from simmoe.sim.cluster import simulate  # noqa: E402
 from simmoe.specs.load import load_hardware  # noqa: E402
 from simmoe.specs.measurement import read_table  # noqa: E402
 from simmoe.specs.workload import Lengths, Workload  # noqa: E402
-from simmoe.step import Batch  # noqa: E402
 
 CPU = torch.device("cpu")
 OPERATORS = {

@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 from simmoe.costs import exchange
 from simmoe.costs.memory import weights_per_device_bytes
 from simmoe.costs.overlap import two_batches, under_shared_expert
-from simmoe.engine import Engine
+from simmoe.engine.engine import Engine
+from simmoe.engine.step import Batch
 from simmoe.errors import CoverageError
 from simmoe.routing.groups import nodes_per_token
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.hardware import Fabric
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.mechanisms import Exchange
-from simmoe.step import Batch
 from simmoe.validation.phases import CASES
 from tests.reference.mechanisms_twin import torus_link_load
 

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simmoe.costs.memory import footprint, weights_per_device_bytes
-from simmoe.engine import Engine
+from simmoe.engine.engine import Engine
+from simmoe.engine.step import Batch
 from simmoe.errors import CapacityError
 from simmoe.predict import predict
 from simmoe.routing.locality import hit_rate, stickiness_from_repeats
@@ -15,7 +16,6 @@ from simmoe.specs.deployment import Deployment
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.mechanisms import Offload
 from simmoe.specs.workload import Lengths, Workload
-from simmoe.step import Batch
 from tests.reference import mechanisms_twin as twin
 
 H100 = load_hardware("h100")

@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simmoe.costs.memory import workspace_bytes
-from simmoe.engine import Engine
+from simmoe.engine.engine import Engine
+from simmoe.engine.step import Batch
 from simmoe.routing.capacity import dropped_share, slots_per_expert, waste_factor
 from simmoe.routing.popularity import inclusion_from_weights, uniform_inclusion, zipf_weights
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.mechanisms import Dispatch
-from simmoe.step import Batch
 from tests.reference import mechanisms_twin as twin
 
 H100 = load_hardware("h100")

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from simmoe.cli import app
-from simmoe.engine import Engine
+from simmoe.cli.main import app
+from simmoe.engine.engine import Engine
+from simmoe.engine.step import Batch
 from simmoe.errors import SpecError
 from simmoe.routing import layers, popularity
 from simmoe.routing.expert_load import TILES, expected_load
@@ -20,7 +21,6 @@ from simmoe.routing.schedules import kept_shares
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.routing import Routing, routing_values
-from simmoe.step import Batch
 from tests.reference import mechanisms_twin as twin
 
 MODEL = load_model("qwen3-30b-a3b")

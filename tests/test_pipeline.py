@@ -7,14 +7,14 @@ from hypothesis import strategies as st
 
 from simmoe.costs import pipeline
 from simmoe.costs.memory import footprint, kv_bytes_per_token, weights_per_device_bytes
-from simmoe.engine import Engine
+from simmoe.engine.engine import Engine
+from simmoe.engine.step import Batch
 from simmoe.errors import CoverageError
 from simmoe.predict import compiled_for, predict
 from simmoe.sim.cluster import simulate
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.workload import Lengths, Workload
-from simmoe.step import Batch
 
 H200 = load_hardware("h200")
 MODELS = {name: load_model(name) for name in ("deepseek-v3", "qwen3-30b-a3b", "llama-3.1-70b")}

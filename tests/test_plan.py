@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from simmoe import cli, plan_report
+from simmoe.cli import main as cli
 from simmoe.errors import CapacityError, SpecError
 from simmoe.planning import launch, runner, whatif
 from simmoe.planning.co_located import cheapest
@@ -23,6 +23,7 @@ from simmoe.planning.question import Question
 from simmoe.planning.screen import LoadGrid, screen
 from simmoe.planning.search import plan, screen_all
 from simmoe.predict import compiled_for
+from simmoe.report import plan as plan_report
 from simmoe.specs import load
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.workload import Lengths, Workload

@@ -7,12 +7,13 @@ from functools import cache
 import pytest
 from typer.testing import CliRunner
 
-from simmoe import cli, plan_report
+from simmoe.cli import main as cli
 from simmoe.planning import disaggregated, launch, whatif
 from simmoe.planning.objective import Limit
 from simmoe.planning.offers import offer
 from simmoe.planning.question import Question
 from simmoe.planning.search import plan, screen_all
+from simmoe.report import plan as plan_report
 from simmoe.specs import load
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.workload import Lengths, Workload

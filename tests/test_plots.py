@@ -3,8 +3,8 @@
 import pytest
 from matplotlib.figure import Figure
 
-from simmoe import plots
 from simmoe.errors import SpecError
+from simmoe.report import plots
 from simmoe.validation.summary import Comparison
 
 

@@ -7,14 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simmoe.costs.calibration import load
-from simmoe.engine import Engine
+from simmoe.engine.engine import Engine
+from simmoe.engine.step import Batch
 from simmoe.errors import CapacityError, SaturationError
-from simmoe.front_end import front_end_s
 from simmoe.predict import default_caps, predict, predict_caps
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.load import hardware_names, load_hardware, load_model, profile_names
 from simmoe.specs.workload import Lengths, Workload
-from simmoe.step import Batch
+from simmoe.steady.front_end import front_end_s
 
 H100 = load_hardware("h100")
 LITE = load_model("deepseek-v2-lite")

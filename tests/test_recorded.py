@@ -7,15 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from simmoe.engine.step import StepTable
 from simmoe.errors import CapacityError
-from simmoe.load_curve import load_curve
 from simmoe.sim.arrivals import Recorded
 from simmoe.sim.cluster import SimulationResult, simulate
 from simmoe.sim.ticks import to_ticks
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.workload import Lengths, Workload
-from simmoe.steady_state import steady_state
-from simmoe.step import StepTable
+from simmoe.steady.load_curve import load_curve
+from simmoe.steady.state import steady_state
 
 STEP_S = 0.01
 SEATS = Deployment(gpus=1, tp=1, max_num_seqs=16, max_num_batched_tokens=256)

@@ -5,8 +5,9 @@ import json
 import pytest
 from rich.console import Console
 
-from simmoe import report, units
+from simmoe import units
 from simmoe.predict import predict_caps
+from simmoe.report import text as report
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.workload import Lengths, Workload

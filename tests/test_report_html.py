@@ -9,10 +9,11 @@ from html.parser import HTMLParser
 import pytest
 from typer.testing import CliRunner
 
-from simmoe import cli, html_report
+from simmoe.cli import main as cli
 from simmoe.errors import SpecError
-from simmoe.html_page import Page
-from simmoe.plan_report import chance
+from simmoe.report import html as html_report
+from simmoe.report.html_page import Page
+from simmoe.report.plan import chance
 
 PLAN = ["plan", "--model", "deepseek-v2-lite", "--hardware", "h100", "--rate", "20", "--tpot-p99", "20ms",
         "--replica-gpus", "1",

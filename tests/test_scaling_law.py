@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from simmoe import cli
 from simmoe import scaling_law as law
+from simmoe.cli import main as cli
 from simmoe.costs.work import parameters
 from simmoe.errors import SpecError
 from simmoe.planning import training

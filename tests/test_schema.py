@@ -8,7 +8,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from simmoe import cli
+from simmoe.cli import main as cli
 from simmoe.errors import SpecError
 from simmoe.schema import KINDS, schema_of
 

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sim_twin import make_table
 
+from simmoe.engine.step import Batch, StepTable
 from simmoe.errors import CapacityError, SpecError
 from simmoe.sim.cluster import simulate
 from simmoe.sim.step_time import lockstep, single_step
 from simmoe.sim.ticks import S_PER_TICK, TickTable, steps_within, to_ticks, window_ticks
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.workload import Lengths, Objective, Workload
-from simmoe.step import Batch, StepTable
 
 SMALL = Deployment(gpus=1, tp=1, max_num_seqs=8, max_num_batched_tokens=64)
 TABLE = make_table(64, 8)

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from reference.sim_stepwise import TICK, simulate_stepwise
 
 from simmoe.costs.kv_offload import HostTier
+from simmoe.engine.step import StepTable
 from simmoe.errors import CapacityError
 from simmoe.sim.cluster import simulate
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.workload import Lengths, Prompts, Workload
-from simmoe.step import StepTable
 
 
 def make_table(

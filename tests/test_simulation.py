@@ -11,7 +11,7 @@ from scipy import stats
 from test_sim import SMALL, TABLE, fixed
 from typer.testing import CliRunner
 
-from simmoe.cli import app
+from simmoe.cli.main import app
 from simmoe.errors import SimmoeError, SpecError
 from simmoe.output_analysis import t_95, t_interval
 from simmoe.series import _held, interval_series, stage_metrics

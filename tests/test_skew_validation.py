@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from simmoe import skew_validation as skew
-from simmoe.cli import app
+from simmoe.calibrate import skew
+from simmoe.cli.main import app
 from simmoe.errors import MeasurementError
 from simmoe.specs.load import data_folder
 

@@ -11,11 +11,11 @@ from pydantic import ValidationError
 from test_sim import constant_steps
 from typer.testing import CliRunner
 
-from simmoe.cli import app
+from simmoe.cli.main import app
 from simmoe.costs.memory import footprint, kv_bytes_per_token, weights_per_device_bytes
-from simmoe.engine import Engine
+from simmoe.engine.engine import Engine
+from simmoe.engine.step import Batch
 from simmoe.errors import CapacityError, SpecError
-from simmoe.load_curve import decode_steps
 from simmoe.planning import launch
 from simmoe.predict import compiled_for, predict
 from simmoe.sim.cluster import simulate
@@ -24,7 +24,7 @@ from simmoe.specs.flags import deployment_from
 from simmoe.specs.load import load_deployment, load_hardware, load_model
 from simmoe.specs.speculative import Speculative, speculative_values
 from simmoe.specs.workload import Lengths, Workload
-from simmoe.step import Batch
+from simmoe.steady.load_curve import decode_steps
 from simmoe.validation.speculative_rows import speculation
 
 H200, V3, SMALL = load_hardware("h200"), load_model("deepseek-v3"), load_model("deepseek-v2-lite")

@@ -5,12 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from simmoe.engine.step import StepTable
 from simmoe.errors import CapacityError, SaturationError
-from simmoe.load_curve import load_curve, saturation_requests_per_s
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.workload import Lengths, Workload
-from simmoe.steady_state import steady_state
-from simmoe.step import StepTable
+from simmoe.steady.load_curve import load_curve, saturation_requests_per_s
+from simmoe.steady.state import steady_state
 
 PLENTY = 10_000_000.0
 """A KV cache that never binds. [tokens]"""

@@ -7,7 +7,7 @@ import os
 import pytest
 from typer.testing import CliRunner
 
-from simmoe import cli, plan_report
+from simmoe.cli import main as cli
 from simmoe.errors import MeasurementError, SpecError
 from simmoe.planning.objective import Limit
 from simmoe.planning.offers import offers_from
@@ -15,6 +15,7 @@ from simmoe.planning.question import Question
 from simmoe.planning.search import plan
 from simmoe.planning.sweep import Grid, evaluate, load_grid, points, sweep
 from simmoe.predict import predict
+from simmoe.report import plan as plan_report
 from simmoe.specs import load
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.workload import Lengths, Workload

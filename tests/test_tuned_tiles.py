@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from simmoe.costs.operators import tuned_tiles
 from simmoe.costs.operators.experts import MOE
-from simmoe.engine import Engine
+from simmoe.engine.engine import Engine
+from simmoe.engine.step import Batch
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.measurement import read_table
-from simmoe.step import Batch
 
 PROFILES = Path(__file__).parents[1] / "profiles"
 H100 = "NVIDIA H100 SXM5 80GB"

@@ -8,16 +8,16 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from simmoe.cli import app
-from simmoe.engine import Engine
-from simmoe.engine_calibration import overridden
+from simmoe.calibrate.engines import overridden
+from simmoe.cli.main import app
+from simmoe.engine.engine import Engine
+from simmoe.engine.step import Batch
 from simmoe.routing.expert_load import expected_load, with_shared
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.engines import engine_parameters
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.measurement import read_table
 from simmoe.specs.mechanisms import Exchange
-from simmoe.step import Batch
 from simmoe.validation import serving
 from simmoe.validation.engine_limits import limits, release
 from simmoe.validation.serving_rows import Unspoken, describe

@@ -7,11 +7,11 @@ import math
 
 import pytest
 
-from simmoe import plots
 from simmoe.errors import MeasurementError, SpecError
-from simmoe.front_end import delayed, front_end_s
+from simmoe.report import plots
 from simmoe.specs.engines import EngineParameters
 from simmoe.specs.measurement import read_table
+from simmoe.steady.front_end import delayed, front_end_s
 from simmoe.validation import gains, serving
 from simmoe.validation.engine_limits import LIMITS
 from simmoe.validation.row_traffic import ROUNDS

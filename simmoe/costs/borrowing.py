@@ -6,8 +6,8 @@ FLOP whatever its peak, so that time is kept and the share follows: 1/e' - 1 = (
 multiprocessor. An H20 (3.8 TFLOP/s in 8 bits each) is nearly always at its peak where an H800 (15) is at half.
 Across architectures multiprocessors are unlike in more than their peak: there the share is carried over as it stands,
 which errs less between A100, L40S and H100.
-Measured by `simmoe calibrate --beyond profiles` (`simmoe.beyond_fit`), which prints the constants below beside what it
-finds; laws in tests/test_borrowing.py.
+Measured by `simmoe calibrate --beyond profiles` (`simmoe.calibrate.beyond`), which prints the constants below beside
+what it finds; laws in tests/test_borrowing.py.
 """
 
 from __future__ import annotations

@@ -105,13 +105,13 @@ class Stack(Protocol):
         """Its attention layers."""
 
     def token_parts(self, tokens: Array) -> dict[str, Array]:
-        """As `simmoe.engine.Engine.token_parts`. [s]"""
+        """As `simmoe.engine.engine.Engine.token_parts`. [s]"""
 
     def head(self, sequences: Array) -> Array:
-        """As `simmoe.engine.Engine.head`. [s]"""
+        """As `simmoe.engine.engine.Engine.head`. [s]"""
 
     def prefill_attention(self, new: Array, cached: Array) -> Array:
-        """As `simmoe.engine.Engine.prefill_attention`. [s]"""
+        """As `simmoe.engine.engine.Engine.prefill_attention`. [s]"""
 
 
 @dataclass

@@ -15,7 +15,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from simmoe.front_end import delayed
+from simmoe.engine.step import StepTable
 from simmoe.metrics import ServingMetrics
 from simmoe.planning.objective import METRICS, STATISTICS, Limit, held
 from simmoe.planning.screen import LoadGrid
@@ -28,7 +28,7 @@ from simmoe.specs.deployment import Deployment
 from simmoe.specs.hardware import Hardware
 from simmoe.specs.model import Model
 from simmoe.specs.workload import Workload
-from simmoe.step import StepTable
+from simmoe.steady.front_end import delayed
 
 #: Requests measured: 30 beyond a 99th percentile, so that it is known within a few percent.
 REQUESTS = 3000

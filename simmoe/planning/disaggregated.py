@@ -15,12 +15,12 @@ from statistics import NormalDist
 
 import numpy as np
 
-from simmoe.load_curve import decode_steps
 from simmoe.planning.objective import Limit
 from simmoe.planning.option import Option, Side
 from simmoe.planning.question import OPTIMISM, Layout, Question
 from simmoe.predict import compiled_for
 from simmoe.specs.workload import Workload
+from simmoe.steady.load_curve import decode_steps
 
 #: Prefill layouts tried with every decode layout.
 _PREFILL_LAYOUTS = 2

@@ -19,15 +19,15 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from simmoe.front_end import delayed
-from simmoe.load_curve import load_curve, saturation_requests_per_s
 from simmoe.planning.objective import Limit
 from simmoe.predict import compiled_for, mean_step
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.hardware import Hardware
 from simmoe.specs.model import Model
 from simmoe.specs.workload import Workload
-from simmoe.steady_state import steady_state
+from simmoe.steady.front_end import delayed
+from simmoe.steady.load_curve import load_curve, saturation_requests_per_s
+from simmoe.steady.state import steady_state
 
 Array = NDArray[np.float64]
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from simmoe.engine.step import Batch
 from simmoe.errors import CapacityError, SpecError
 from simmoe.profiling.clocks import Clock, clock_named
 from simmoe.profiling.served_model import LIVE_MODEL, ServedModel
@@ -23,7 +24,6 @@ from simmoe.sim.ticks import S_PER_TICK
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.model import Model
 from simmoe.specs.workload import Workload
-from simmoe.step import Batch
 
 WARM_UP_STEPS = 5
 

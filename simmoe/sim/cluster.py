@@ -14,6 +14,7 @@ from typing import Literal
 import simpy
 
 from simmoe.costs.kv_offload import HostTier
+from simmoe.engine.step import StepTable
 from simmoe.errors import CapacityError, SpecError
 from simmoe.metrics import RequestTable, ServingMetrics, StepLog, from_records
 from simmoe.sim.arrivals import Recorded, Streams, arrival_ticks, shapes, think_ticks
@@ -32,7 +33,6 @@ from simmoe.specs.cluster import Cluster
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.traces import read_trace
 from simmoe.specs.workload import Workload
-from simmoe.step import StepTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from simmoe.costs.kv_offload import HostTier
+from simmoe.engine.step import StepTable
 from simmoe.sim.clock import Clock
 from simmoe.sim.kv_cache import BlockPool
 from simmoe.sim.offload_books import Bookkeeping
@@ -22,7 +23,6 @@ from simmoe.sim.routers import Router
 from simmoe.sim.scheduler import Request, Scheduler
 from simmoe.sim.ticks import TickTable
 from simmoe.specs.deployment import Deployment
-from simmoe.step import StepTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

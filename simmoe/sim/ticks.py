@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import isqrt
 
+from simmoe.engine.step import StepTable
 from simmoe.errors import SpecError
-from simmoe.step import StepTable
 
 TICKS_PER_S = 1 << 60
 S_PER_TICK = 2.0**-60

@@ -14,13 +14,13 @@ from simmoe.costs.exchange import exchange_s
 from simmoe.costs.memory import weights_per_device_bytes
 from simmoe.costs.operators import alltoall
 from simmoe.costs.timing import kernel_times
-from simmoe.engine import Engine
+from simmoe.engine.engine import Engine
+from simmoe.engine.step import Batch
 from simmoe.predict import predict
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.variants import dense_equivalent
 from simmoe.specs.workload import Lengths, Workload
-from simmoe.step import Batch
 from simmoe.validation.claims import Claim
 from simmoe.validation.phases import CASES
 

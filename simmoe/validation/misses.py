@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from simmoe.costs.operators.base import Features, Operator
+from simmoe.engine.step import UNFITTED_LOG_SIGMA, Batch
 from simmoe.predict import compiled_for, predict
 from simmoe.specs.hardware import Hardware
-from simmoe.step import UNFITTED_LOG_SIGMA, Batch
 from simmoe.validation.serving_rows import Run
 from simmoe.validation.summary import KERNEL_QUANTITY, Comparison, Explanation, Outcome
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 
+from simmoe.engine.step import StepBreakdown
 from simmoe.errors import SimmoeError
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.hardware import Hardware
 from simmoe.specs.mechanisms import Exchange
 from simmoe.specs.model import Model
 from simmoe.specs.routing import Routing
-from simmoe.step import StepBreakdown
 from simmoe.validation.cells import Row, Unspoken, number, text
 from simmoe.validation.phases import phase_step
 from simmoe.validation.serving_rows import described_parts, speculating, speculation_of

@@ -11,14 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from simmoe.engine import Engine
+from simmoe.engine.engine import Engine
+from simmoe.engine.step import Batch, StepBreakdown
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.hardware import Hardware
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.mechanisms import Exchange
 from simmoe.specs.model import Model
 from simmoe.specs.routing import Routing
-from simmoe.step import Batch, StepBreakdown
 
 Phase = Literal["prefill", "decode"]
 

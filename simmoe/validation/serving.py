@@ -13,8 +13,6 @@ from dataclasses import replace
 from functools import partial
 
 from simmoe.errors import SimmoeError
-from simmoe.front_end import delayed
-from simmoe.load_curve import load_curve
 from simmoe.metrics import ServingMetrics
 from simmoe.predict import compiled_for, mean_step
 from simmoe.sim.cluster import simulate
@@ -23,7 +21,9 @@ from simmoe.sim.pool import PoolSetup
 from simmoe.specs.cluster import Disaggregation
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.measurement import Table, stem
-from simmoe.steady_state import steady_state
+from simmoe.steady.front_end import delayed
+from simmoe.steady.load_curve import load_curve
+from simmoe.steady.state import steady_state
 from simmoe.validation.cells import BESIDE, Row, Unspoken, number, short, text
 from simmoe.validation.misses import of_step
 from simmoe.validation.phase_rows import compare_row, is_phase_row

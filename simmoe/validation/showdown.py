@@ -23,9 +23,8 @@ import yaml
 from numpy.typing import NDArray
 
 from simmoe.costs.memory import footprint
-from simmoe.engine import Engine
+from simmoe.engine.engine import Engine
 from simmoe.errors import CapacityError, SimmoeError
-from simmoe.front_end import at_client
 from simmoe.metrics import RequestTable
 from simmoe.sim.arrivals import Recorded
 from simmoe.sim.cluster import simulate
@@ -34,6 +33,7 @@ from simmoe.sim.ticks import to_ticks
 from simmoe.specs.engines import EngineParameters
 from simmoe.specs.measurement import read_table
 from simmoe.specs.workload import Lengths, Workload
+from simmoe.steady.front_end import at_client
 from simmoe.validation.showdown_runs import PATIENCE_S, PROMPTS_PER_GROUP, Run, find, is_showdown, read_runs
 from simmoe.validation.summary import Comparison, Outcome
 
@@ -190,7 +190,7 @@ def _figures(run: Run, ttft: Any, e2e: Any, finished: Any, mine: Any, sigma: flo
 
 def _log_sigma(engine: Engine, run: Run) -> float:
     """Spread of ln(measured / predicted) of a typical step, from the kernels' fits. [-]"""
-    from simmoe.step import Batch  # noqa: PLC0415
+    from simmoe.engine.step import Batch  # noqa: PLC0415
 
     running = max(1, min(32, run.deployment.requests_per_replica))
     context = int(run.input_tokens.mean() + run.output_tokens / 2)

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from simmoe import predict
-from simmoe.load_curve import load_curve, saturation_requests_per_s
 from simmoe.planning.layouts import layouts
 from simmoe.planning.screen import LOADS
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.workload import Lengths, Workload
-from simmoe.steady_state import steady_state
+from simmoe.steady.load_curve import load_curve, saturation_requests_per_s
+from simmoe.steady.state import steady_state
 
 GOAL_PER_S = 2000
 V3 = load_model("deepseek-v3")

@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 import simpy
 
+from simmoe.engine.step import StepTable
 from simmoe.sim.cluster import simulate
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.workload import Lengths, Workload
-from simmoe.step import StepTable
 
 REQUESTS = 5000
 DEPLOYMENT = Deployment()

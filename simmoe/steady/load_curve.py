@@ -24,10 +24,10 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
+from simmoe.engine.step import StepTable
 from simmoe.errors import CapacityError
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.workload import Lengths, Workload
-from simmoe.step import StepTable
 
 Array = NDArray[np.float64]
 

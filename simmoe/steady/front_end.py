@@ -5,7 +5,7 @@ share per token of the prompt.
 Delays the first token and the end; gaps between tokens at the engine and throughput stay. In closed form one delay
 holds for all requests; a simulation counts who runs when a request's first and last token come.
 Left out: saturation of the front end, start-up costs of the first requests; clients of a closed loop who wait here
-count as in the engine. Estimated by `simmoe.engine_calibration`, see simmoe/specs/engines.yaml.
+count as in the engine. Estimated by `simmoe.calibrate.engines`, see simmoe/specs/engines.yaml.
 """
 
 from __future__ import annotations

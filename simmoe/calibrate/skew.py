@@ -17,7 +17,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table as Lines
 from rich.text import Text
 
-from simmoe.calibrate import held_out, samples
+from simmoe.calibrate.fit import held_out, samples
 from simmoe.costs.operators.experts import MOE
 from simmoe.costs.operators.registry import measured_device, operator_of
 from simmoe.errors import MeasurementError

@@ -11,10 +11,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from simmoe import plots, quality
+from simmoe import quality
 from simmoe.errors import MeasurementError
 from simmoe.planning.frontier import Frontier, Point
-from simmoe.report import QUALITY_NOTE
+from simmoe.report import plots
+from simmoe.report.text import QUALITY_NOTE
 
 #: (concurrency, active experts, pool) -> measured total tokens/s
 Measured = Mapping[tuple[int, int, int], float]

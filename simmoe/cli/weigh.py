@@ -50,9 +50,9 @@ def frontier(
 
     Beside measured runs: docs/frontiers.md.
     """
-    from simmoe import frontier_report  # noqa: PLC0415
     from simmoe.planning import frontier as frontiers  # noqa: PLC0415
     from simmoe.planning.offers import offer  # noqa: PLC0415
+    from simmoe.report import frontier as frontier_report  # noqa: PLC0415
     from simmoe.specs import flags, load  # noqa: PLC0415
 
     if rate is not None and concurrency is not None:
@@ -119,9 +119,9 @@ def scaling(
 
     Default lengths: mean ShareGPT prompt and answer, as vLLM's first paper states them (arXiv 2309.06180, section 6.1).
     """
-    from simmoe import training_report  # noqa: PLC0415
     from simmoe.planning import training  # noqa: PLC0415
     from simmoe.planning.offers import offer  # noqa: PLC0415
+    from simmoe.report import training as training_report  # noqa: PLC0415
     from simmoe.specs import flags, load  # noqa: PLC0415
 
     counts = sorted({reference, *(round(n) for n in _numbers("experts", experts))})

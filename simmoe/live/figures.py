@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from simmoe.engine.step import StepTable
 from simmoe.metrics import RequestTable, StepLog
 from simmoe.specs.workload import Workload
-from simmoe.step import StepTable
 from simmoe.validation import summary
 from simmoe.validation.summary import Comparison, Outcome
 

@@ -1,4 +1,4 @@
-"""Commands that decide and show: plan, sweep, report, schema. Mounted on the command line by `simmoe.cli`."""
+"""Commands that decide and show: plan, sweep, report, schema. Mounted on the command line by `simmoe.cli.main`."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ def plan(
 
     Exit status 1 if nothing that may be bought holds the objective.
     """
-    from simmoe import plan_report  # noqa: PLC0415
     from simmoe.planning import search  # noqa: PLC0415
     from simmoe.planning.objective import limits_from  # noqa: PLC0415
     from simmoe.planning.offers import offers_from  # noqa: PLC0415
     from simmoe.planning.question import Question  # noqa: PLC0415
+    from simmoe.report import plan as plan_report  # noqa: PLC0415
     from simmoe.specs import flags, load  # noqa: PLC0415
 
     question = Question(
@@ -152,7 +152,7 @@ def report(
 
     `simmoe report plan.json --png figures`
     """
-    from simmoe import html_report  # noqa: PLC0415
+    from simmoe.report import html as html_report  # noqa: PLC0415
 
     for path in html_report.write(result, out or result.with_suffix(".html"), pictures=png):
         typer.echo(path)

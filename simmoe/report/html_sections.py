@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from simmoe import frontier_report, html_figures, plots, quality, units
+from simmoe import quality, units
 from simmoe.costs.calibration import load as load_calibration
-from simmoe.html_page import Page
 from simmoe.planning.frontier import frontier, policies
 from simmoe.predict import Prediction, default_caps, predict
+from simmoe.report import frontier as frontier_report
+from simmoe.report import html_figures, plots
+from simmoe.report.html_page import Page
 from simmoe.specs import load
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.hardware import Hardware

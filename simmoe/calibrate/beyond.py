@@ -16,19 +16,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from simmoe.calibrate import Sample, fit
+from simmoe.calibrate.fit import Sample, fit
+from simmoe.calibrate.kernels import Plan, plan
 from simmoe.costs import borrowing
 from simmoe.costs.calibration import Calibration, OperatorFit
 from simmoe.costs.calibration import load as load_calibration
 from simmoe.costs.operators.base import Operator
 from simmoe.errors import CalibrationError
-from simmoe.kernel_calibration import Plan, plan
 from simmoe.specs.load import profile_names
 
 Array = NDArray[np.float64]
 
 _Z90 = 1.6449
-_WARM = False  # benchmarks replay one input, see `simmoe.calibrate`
+_WARM = False  # benchmarks replay one input, see `simmoe.calibrate.fit`
 #: Rows looked at per fit, drawn at random: enough for a 90 % quantile.
 _ROWS = 300
 #: Both ends of a range are cut by this factor, or less where the range is short.

@@ -1,4 +1,4 @@
-"""Commands around measurements: calibrate, import, validate. Mounted on the command line's app by `simmoe.cli`."""
+"""Commands around measurements: calibrate, import, validate. Mounted on the command line's app by `simmoe.cli.main`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from simmoe import cli_live, console
+from simmoe import console
+from simmoe.cli import live as cli_live
 from simmoe.console import show, show_json
 from simmoe.errors import MeasurementError, SpecError
 
@@ -49,7 +50,8 @@ def calibrate(
 
     `simmoe calibrate measured --hardware my-gpu.yaml`
     """
-    from simmoe import calibration_report, kernel_calibration  # noqa: PLC0415
+    from simmoe.calibrate import kernels as kernel_calibration  # noqa: PLC0415
+    from simmoe.report import calibration as calibration_report  # noqa: PLC0415
 
     if beyond:
         _beyond(paths, json)
@@ -80,7 +82,8 @@ def calibrate(
 
 
 def _beyond(paths: list[Path], json: bool) -> None:
-    from simmoe import beyond_fit, calibration_report  # noqa: PLC0415
+    from simmoe.calibrate import beyond as beyond_fit  # noqa: PLC0415
+    from simmoe.report import calibration as calibration_report  # noqa: PLC0415
 
     with console.progress() as progress:
         task = progress.add_task("fitting without the ends of each range", total=None)
@@ -214,7 +217,7 @@ def validate(
     if rows is not None:
         summary.write_rows(outcome, rows)
     if plot is not None:
-        from simmoe import plots  # noqa: PLC0415
+        from simmoe.report import plots  # noqa: PLC0415
 
         plots.parity(outcome.comparisons, plot)
     if json:
@@ -249,7 +252,7 @@ def _claims(markdown: Path | None, json: bool) -> None:
 
 
 def _skew(paths: list[Path], json: bool) -> None:
-    from simmoe import skew_validation as skew  # noqa: PLC0415
+    from simmoe.calibrate import skew  # noqa: PLC0415
     from simmoe.specs.load import data_folder  # noqa: PLC0415
 
     folder = Path(str(data_folder("profiles")))
@@ -266,7 +269,7 @@ def _gains(paths: list[Path], plot: Path | None, json: bool) -> None:
 
     found = [gain for path in table_paths(paths) for gain in gains.gains(read_table(path))]
     if plot is not None:
-        from simmoe import plots  # noqa: PLC0415
+        from simmoe.report import plots  # noqa: PLC0415
 
         plots.gains(found, plot)
     if json:

@@ -15,7 +15,7 @@ from simmoe.planning.option import Option, Side
 from simmoe.planning.screen import ENGINE_LOG_SIGMA
 from simmoe.planning.search import Plan
 from simmoe.provenance import stamp
-from simmoe.report import metrics_json
+from simmoe.report.text import metrics_json
 
 #: Rejected options shown.
 _MOST_REJECTED = 4

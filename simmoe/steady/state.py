@@ -1,8 +1,8 @@
 """Steady state of a deployment in closed form, without simulating.
 
 Model: continuous batching as a load-dependent server whose throughput X(N) with N requests in flight is tabulated in
-`simmoe.load_curve`. Closed loop: N is the concurrency. Open loop: the number in the system is the birth-death chain
-with birth rate lambda and death rate X(n) (flow-equivalent server; Lazowska et al., Quantitative System Performance,
+`simmoe.steady.load_curve`. Closed loop: N is the concurrency. Open loop: the number in the system is the birth-death
+chain with birth rate lambda and death rate X(n) (flow-equivalent server; Lazowska et al., Quantitative System Performance,
 1984, ch. 8), and a request's latencies follow from what its arrival meets. With asynchronous scheduling the step after
 the one that an arrival meets is decided already, so a newcomer waits for it too, unless the engine is idle.
 Left out: the start's transient, preemption.
@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmoe.errors import SaturationError
-from simmoe.load_curve import Curve, saturation_requests_per_s
 from simmoe.metrics import Quantiles, ServingMetrics
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.workload import Workload
+from simmoe.steady.load_curve import Curve, saturation_requests_per_s
 
 Array = NDArray[np.float64]
 

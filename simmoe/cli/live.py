@@ -9,7 +9,7 @@ from pathlib import Path
 
 import typer
 
-from simmoe.cli_profile import budget_seconds, require_torch
+from simmoe.cli.profile import budget_seconds, require_torch
 from simmoe.errors import SpecError
 
 
@@ -32,7 +32,9 @@ def validate_live(
     require_torch()
     from rich.console import Console  # noqa: PLC0415
 
-    from simmoe import live_figures, live_report, live_validation  # noqa: PLC0415
+    from simmoe.live import figures as live_figures  # noqa: PLC0415
+    from simmoe.live import validation as live_validation  # noqa: PLC0415
+    from simmoe.report import live as live_report  # noqa: PLC0415
     from simmoe.validation import ToleranceError, summary  # noqa: PLC0415
 
     settings = live_validation.LiveSettings(

@@ -8,7 +8,12 @@ from typing import Annotated
 
 import typer
 
-from simmoe import __version__, cli_measure, cli_plan, cli_profile, cli_simulate, cli_weigh
+from simmoe import __version__
+from simmoe.cli import measure as cli_measure
+from simmoe.cli import plan as cli_plan
+from simmoe.cli import profile as cli_profile
+from simmoe.cli import simulate as cli_simulate
+from simmoe.cli import weigh as cli_weigh
 from simmoe.console import show, show_json
 from simmoe.errors import SimmoeError, SpecError
 
@@ -115,7 +120,7 @@ def predict(
     `simmoe predict hardware/h100.yaml --model path/to/config.json --concurrency 128 --plot caps.png --json`
     """
     from simmoe import predict as predicting  # noqa: PLC0415
-    from simmoe import report  # noqa: PLC0415
+    from simmoe.report import text as report  # noqa: PLC0415
     from simmoe.specs import flags, load  # noqa: PLC0415
 
     described = load.load_hardware(hardware)
@@ -132,7 +137,7 @@ def predict(
     )
     predictions = predicting.predict_caps(described, shapes, layout, traffic, caps)
     if plot is not None:
-        from simmoe import plots  # noqa: PLC0415
+        from simmoe.report import plots  # noqa: PLC0415
 
         plots.throughput_against_load(described, shapes, layout, traffic, caps, plot)
     if json:

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from simmoe.live_figures import QUANTITIES, Cell, LiveOutcome
+from simmoe.live.figures import QUANTITIES, Cell, LiveOutcome
 from simmoe.validation.summary import summarise
 
 _TITLES = {"output_tokens_per_s": "tokens/s", "ttft_mean": "TTFT [ms]", "tpot_mean": "TPOT [ms]"}

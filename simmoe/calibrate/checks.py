@@ -1,7 +1,7 @@
 """What a fit's reader should know: parameters the data do not pin down, rows out of line, ranges not covered.
 
 Every check looks at the rows that were fitted, with the operator's own model. Left out: whether the model is right;
-that is what held-out shapes tell (`simmoe.calibrate`). Checked in tests/test_kernel_calibration.py.
+that is what held-out shapes tell (`simmoe.calibrate.fit`). Checked in tests/test_kernel_calibration.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from simmoe.calibrate import Sample
+from simmoe.calibrate.fit import Sample
 from simmoe.costs.calibration import OperatorFit
 from simmoe.costs.operators.base import Array, Operator
 from simmoe.specs.hardware import Hardware

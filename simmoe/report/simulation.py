@@ -12,7 +12,7 @@ from rich.text import Text
 
 from simmoe import units
 from simmoe.metrics import Quantiles
-from simmoe.report import metrics_json, metrics_table
+from simmoe.report.text import metrics_json, metrics_table
 from simmoe.simulation import Simulated
 from simmoe.specs.traces import offered_per_s
 from simmoe.specs.workload import Workload

@@ -11,10 +11,10 @@ from statistics import NormalDist
 
 import numpy as np
 
-from simmoe import plots
 from simmoe.planning.objective import Limit
 from simmoe.planning.screen import LoadGrid
 from simmoe.predict import Prediction
+from simmoe.report import plots
 
 _HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo", "--", "**", "||", "/.", "x.")
 _TINTS = ("#0b3c5d", "#d9d9d9", "#d1495b", "#f3e3c3", "#2e8b57", "#b8c9d9", "#8d5a97", "#f7d4d8", "#e09f3e", "#cfe8d9")

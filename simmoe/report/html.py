@@ -14,14 +14,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from simmoe import html_figures, units
+from simmoe import units
 from simmoe.errors import MeasurementError, SpecError
-from simmoe.html_page import Figures, Page
-from simmoe.html_sections import deployment_sections, sources, traffic
-from simmoe.plan_report import chance
 from simmoe.planning.confirm import Trial, simulated_grid
 from simmoe.planning.objective import Limit
 from simmoe.planning.screen import LoadGrid, screen
+from simmoe.report import html_figures
+from simmoe.report.html_page import Figures, Page
+from simmoe.report.html_sections import deployment_sections, sources, traffic
+from simmoe.report.plan import chance
 from simmoe.specs import load
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.workload import Workload

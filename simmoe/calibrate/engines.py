@@ -4,7 +4,7 @@ At most two named parameters per (engine, version, device), fitted to the logari
 rows with the model's native top-k and full expert pool. Rows with a cap or a pruned pool are never looked at, so what
 is said of them afterwards is a prediction. The same two numbers hold for every load and every model of the group.
 
-`python -m simmoe.engine_calibration validate/serving` prints the times of each engine and era with the error of models
+`python -m simmoe.calibrate.engines validate/serving` prints the times of each engine and era with the error of models
 left out of the fit; `--releases FILE` those of old releases; `--slow-experts` what becomes of the gains of a cap if no
 expert kernel is exempt from a release's slowdown.
 """
@@ -23,12 +23,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from simmoe.calibrate import solver
+from simmoe.calibrate.fit import solver
 from simmoe.errors import CalibrationError, SimmoeError
-from simmoe.front_end import front_end_s
 from simmoe.predict import compiled, engine_of
 from simmoe.specs.engines import OVERRIDES, EngineParameters, engine_parameters
 from simmoe.specs.measurement import Table, read_table, table_paths
+from simmoe.steady.front_end import front_end_s
 from simmoe.validation import gains, serving
 from simmoe.validation.cells import number
 from simmoe.validation.serving import Run, Unspoken
@@ -240,7 +240,7 @@ def _least_absolute(rows: list[tuple[str, float, Array]], start: tuple[float, ..
 
 def _main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m simmoe.engine_calibration",
+        prog="python -m simmoe.calibrate.engines",
         description="What engines add around kernels, estimated from served runs; errors with each model left out.",
     )
     parser.add_argument("paths", nargs="+", type=Path, help="serving tables or folders of them")

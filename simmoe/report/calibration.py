@@ -11,9 +11,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from simmoe.beyond_fit import OUTSIDE, STATED, Beyond, added_log_sigma
+from simmoe.calibrate.beyond import OUTSIDE, STATED, Beyond, added_log_sigma
+from simmoe.calibrate.kernels import warnings
 from simmoe.costs.calibration import Calibration
-from simmoe.kernel_calibration import warnings
 
 
 def table(calibrations: Mapping[str, Calibration], left_out: Sequence[str]) -> RenderableType:

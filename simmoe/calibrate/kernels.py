@@ -21,21 +21,21 @@ import yaml
 from pydantic import ValidationError
 
 from simmoe import __version__
-from simmoe.calibrate import Sample, calibrate_operator, samples, solver
+from simmoe.calibrate.checks import check
+from simmoe.calibrate.fit import Sample, calibrate_operator, samples, solver
 from simmoe.costs import calibration as calibration_files
 from simmoe.costs.calibration import Calibration, OperatorFit
 from simmoe.costs.operators.base import Operator
 from simmoe.costs.operators.host import operator_on
 from simmoe.costs.operators.registry import described, measured_device, operator_of
 from simmoe.errors import CalibrationError, SpecError
-from simmoe.fit_checks import check
 from simmoe.specs.hardware import Hardware
 from simmoe.specs.load import load_hardware
 from simmoe.specs.measurement import read_table, table_paths
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 #: Code a fit depends on; a kept fit of other code is not used again.
-_FIT_CODE = ("costs", "routing", "calibrate.py", "fit_checks.py")
+_FIT_CODE = ("costs", "routing", "calibrate/fit.py", "calibrate/checks.py")
 
 
 @dataclass

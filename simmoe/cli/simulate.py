@@ -1,4 +1,4 @@
-"""The command `simmoe simulate`. Mounted on the command line's app by `simmoe.cli`."""
+"""The command `simmoe simulate`. Mounted on the command line's app by `simmoe.cli.main`."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ def simulate(
 
     `simmoe simulate scenario.yaml --seed 7`
     """
-    from simmoe import simulation, simulation_report  # noqa: PLC0415
+    from simmoe import simulation  # noqa: PLC0415
+    from simmoe.report import simulation as simulation_report  # noqa: PLC0415
     from simmoe.specs import flags, load, scenario  # noqa: PLC0415
 
     layout = {
@@ -112,7 +113,7 @@ def simulate(
 
         chrome_trace.write_trace(result.runs[0], trace)
     if plot is not None:
-        from simmoe import plots  # noqa: PLC0415
+        from simmoe.report import plots  # noqa: PLC0415
 
         plots.over_time(result.series, plot)
     if json:

@@ -27,12 +27,12 @@ from simmoe.costs.operators.host import is_host
 from simmoe.costs.precision import Precision, precision_of
 from simmoe.costs.speculation import Drafts, drafter
 from simmoe.costs.timing import KernelTimes, kernel_times
+from simmoe.engine.step import UNFITTED_LOG_SIGMA, Batch, StepBreakdown, StepDetail, StepTable, spread
 from simmoe.errors import SpecError
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.engines import EngineParameters, engine_kernels, engine_parameters
 from simmoe.specs.hardware import Hardware
 from simmoe.specs.model import Model
-from simmoe.step import UNFITTED_LOG_SIGMA, Batch, StepBreakdown, StepDetail, StepTable, spread
 
 Array = NDArray[np.float64]
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simmoe import kernel_calibration
+from simmoe.calibrate import kernels as kernel_calibration
 from simmoe.costs.calibration import Calibration
 from simmoe.errors import SpecError
-from simmoe.live_figures import Cell, Figures, LiveOutcome, figures_of
+from simmoe.live.figures import Cell, Figures, LiveOutcome, figures_of
 from simmoe.metrics import RequestTable, StepLog
 from simmoe.predict import compiled_for, predict
 from simmoe.profiling.device import describe
