@@ -16,6 +16,7 @@ import numpy as np
 from simmoe.costs.memory import MemoryFootprint, footprint
 from simmoe.engine.engine import Engine
 from simmoe.engine.step import Batch, StepBreakdown, StepTable
+from simmoe.engine.tabulate import step_table
 from simmoe.errors import SaturationError, SpecError
 from simmoe.metrics import ServingMetrics
 from simmoe.provenance import Provenance, stamp
@@ -98,7 +99,7 @@ def compiled(hardware: Hardware, model: Model, deployment: Deployment, mean_cont
     """Engine, step table and memory of a deployment; kept, so that another load costs only the steady state."""
     memory = footprint(model, deployment, hardware, context_tokens=mean_context)
     engine = engine_of(hardware, model, deployment)
-    return Compiled(engine, engine.compile(mean_context=mean_context, prompt_tokens=prompt), memory)
+    return Compiled(engine, step_table(engine, mean_context=mean_context, prompt_tokens=prompt), memory)
 
 
 @lru_cache(maxsize=512)

@@ -9,6 +9,7 @@ from simmoe.costs.memory import check_layout, kv_bytes_per_token, weights_per_de
 from simmoe.costs.work import parameters
 from simmoe.engine.engine import Engine
 from simmoe.engine.step import Batch
+from simmoe.engine.tabulate import step_table
 from simmoe.errors import SpecError
 from simmoe.predict import predict
 from simmoe.specs.deployment import Deployment
@@ -73,7 +74,7 @@ def test_attention_both_ways_costs_twice_the_causal_kind():
 
 def test_the_table_agrees_with_the_steps():
     engine = Engine(H100, NLLB, EP8)
-    table = engine.compile(mean_context=300, prompt_tokens=256)
+    table = step_table(engine, mean_context=300, prompt_tokens=256)
     for batch in (
         Batch(64, 64 * 300),
         Batch(prefill_chunks=((256, 0),)),

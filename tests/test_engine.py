@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from simmoe.costs.operators import elementwise
 from simmoe.engine.engine import Engine
 from simmoe.engine.step import Batch, StepBreakdown, spread
+from simmoe.engine.tabulate import step_table
 from simmoe.errors import SpecError
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.load import load_hardware, load_model
@@ -190,7 +191,7 @@ def test_independent_parts_err_less_together_than_each():
 
 def table_of(name, hardware, layout, context=1024.0, prompt=1024.0):
     engine = Engine(HARDWARE[hardware], MODELS[name], Deployment(**layout))
-    return engine, engine.compile(mean_context=context, prompt_tokens=prompt)
+    return engine, step_table(engine, mean_context=context, prompt_tokens=prompt)
 
 
 COMPILED = [

@@ -8,6 +8,7 @@ import pytest
 from simmoe.costs.memory import weights_per_device_bytes
 from simmoe.engine.engine import Engine
 from simmoe.engine.step import Batch
+from simmoe.engine.tabulate import step_table
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.engines import EngineParameters
 from simmoe.specs.load import load_hardware, load_model
@@ -33,7 +34,7 @@ def test_decodes_beside_a_prompt_cost_more_only_where_query_heads_are_not_packed
 
 def test_a_step_with_a_prompt_uses_the_mixed_attention_time() -> None:
     e = engine("a100")
-    table = e.compile(mean_context=700, prompt_tokens=575)
+    table = step_table(e, mean_context=700, prompt_tokens=575)
     batch, alone = Batch(32, 32 * 700, ((9, 566),)), Batch(32, 32 * 700)
     extra = float((e.mixed_attention(np.array([32]), np.array([700.0])) - e.decode_attention(
         np.array([32]), np.array([700.0])))[0])  # fmt: skip

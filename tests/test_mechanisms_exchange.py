@@ -10,6 +10,7 @@ from simmoe.costs.memory import weights_per_device_bytes
 from simmoe.costs.overlap import two_batches, under_shared_expert
 from simmoe.engine.engine import Engine
 from simmoe.engine.step import Batch
+from simmoe.engine.tabulate import step_table
 from simmoe.errors import CoverageError
 from simmoe.routing.groups import nodes_per_token
 from simmoe.specs.deployment import Deployment
@@ -193,7 +194,7 @@ def test_the_table_of_a_deployment_with_half_batches_agrees_with_its_steps():
         exchange=Exchange(overlap="two_batch"),
     )  # fmt: skip
     engine = Engine(load_hardware("h200"), V3, deployment)
-    table = engine.compile(mean_context=1000, prompt_tokens=1000)
+    table = step_table(engine, mean_context=1000, prompt_tokens=1000)
     batch = Batch(512, 512_000)
     assert table.step_s(batch) == pytest.approx(engine.step(batch).total_s, rel=0.02)
 

@@ -9,6 +9,7 @@ from simmoe.costs import pipeline
 from simmoe.costs.memory import footprint, kv_bytes_per_token, weights_per_device_bytes
 from simmoe.engine.engine import Engine
 from simmoe.engine.step import Batch
+from simmoe.engine.tabulate import step_table
 from simmoe.errors import CoverageError
 from simmoe.predict import compiled_for, predict
 from simmoe.sim.cluster import simulate
@@ -177,7 +178,7 @@ def test_nor_does_it_in_steady_state_while_many_do():
 @given(st.sampled_from(sorted(MODELS)), batches())
 def test_one_stage_changes_nothing(name, batch):
     one = engine(name, 1)
-    table = one.compile(mean_context=1000, prompt_tokens=500)
+    table = step_table(one, mean_context=1000, prompt_tokens=500)
     assert one.step(batch).pipeline_s == 0.0
     assert table.prompts[0].shape[0] == 1
     assert (table.prompts[0][0] == table.token_s).all()
@@ -214,7 +215,7 @@ def test_the_table_says_what_the_step_says(name, batch, pp, kind):
     staged_engine = engine(name, pp, pipeline=kind)
     mean = batch.decode_context_tokens / batch.decode_requests if batch.decode_requests else 500
     chunk = np.mean([n for n, _ in batch.prefill_chunks]) if batch.prefill_chunks else 500
-    table = staged_engine.compile(mean_context=float(mean), prompt_tokens=float(chunk))
+    table = step_table(staged_engine, mean_context=float(mean), prompt_tokens=float(chunk))
     chunks = len(batch.prefill_chunks)
     told = table.breakdown(batch, chunks)
     assert told.total_s == pytest.approx(table.step_s(batch, chunks), rel=0.01)

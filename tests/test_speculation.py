@@ -15,6 +15,7 @@ from simmoe.cli.main import app
 from simmoe.costs.memory import footprint, kv_bytes_per_token, weights_per_device_bytes
 from simmoe.engine.engine import Engine
 from simmoe.engine.step import Batch
+from simmoe.engine.tabulate import step_table
 from simmoe.errors import CapacityError, SpecError
 from simmoe.planning import launch
 from simmoe.predict import compiled_for, predict
@@ -230,7 +231,7 @@ def test_the_table_says_what_the_step_says_part_by_part(chosen, decoding, prompt
     if decoding + len(prompts) == 0:
         return
     engine = Engine(H200, V3, EIGHT.vary(speculative=chosen))
-    table = engine.compile(mean_context=1500, prompt_tokens=1000)
+    table = step_table(engine, mean_context=1500, prompt_tokens=1000)
     batch = Batch(decoding, decoding * 1500, tuple((n, 0) for n in prompts))
     step, told = engine.step(batch), table.breakdown(batch, len(prompts))
     assert told.total_s == pytest.approx(table.step_s(batch, len(prompts)), rel=0.01)

@@ -1,4 +1,4 @@
-"""One engine step of a batch, as named parts and their total; and the same compiled to a table.
+"""One engine step of a batch, as named parts and their total; `tabulate` compiles the same to a table.
 
 Overlap rule: the parts of a step run one after another on the device, unless the deployment's ``exchange.overlap`` puts
 something under dispatch and combine, which then count with what still shows; the host's time is added, and the total is
@@ -12,8 +12,7 @@ Left out: power throttling, collectives that slow each other. Checked against: v
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -27,7 +26,8 @@ from simmoe.costs.operators.host import is_host
 from simmoe.costs.precision import Precision, precision_of
 from simmoe.costs.speculation import Drafts, drafter
 from simmoe.costs.timing import KernelTimes, kernel_times
-from simmoe.engine.step import UNFITTED_LOG_SIGMA, Batch, StepBreakdown, StepDetail, StepTable, spread
+from simmoe.engine.matrices import Matrix, cross_keys, cross_queries, token_matrices
+from simmoe.engine.step import UNFITTED_LOG_SIGMA, Batch, StepBreakdown, spread
 from simmoe.errors import SpecError
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.engines import EngineParameters, engine_kernels, engine_parameters
@@ -46,6 +46,11 @@ class Engine:
     times : how kernels are timed; None: the hardware's own calibration, or its neighbour's.
     inclusion : chance of each expert to be in a token's top-k, shape (experts,); None: uniform routing.
     parameters : what the engine adds around kernels; None: the defaults of its version.
+
+    Attributes
+    ----------
+    width : rows a decoding request brings to a step: its own and drafts to verify. [tokens]
+    sigma : part -> spread of ln(measured / predicted) of the steps timed last. [-]
 
     Raises
     ------
@@ -68,9 +73,9 @@ class Engine:
         self.inclusion = inclusion
         self.precision: Precision = precision_of(model, deployment)
         self.top_k, self.num_experts = _active(model, deployment)
-        self.sigma: dict[str, float | Array] = {}  # of the steps timed last
+        self.sigma: dict[str, float | Array] = {}
         self._given = parameters
-        self._width = deployment.rows_per_decode
+        self.width = deployment.rows_per_decode
         stack = model.encoder_stack
         self.encoder = Engine(hardware, stack, deployment, self.times, inclusion, parameters) if stack else None
 
@@ -80,9 +85,9 @@ class Engine:
         return self._given or engine_parameters(self.deployment, self.hardware.device.name)
 
     @property
-    def _host_per_row(self) -> float:
+    def host_per_row(self) -> float:
         """Host time a sequence adds, by the rows it samples: every data-parallel rank has its own scheduler. [s]"""
-        return self.parameters.host_time_per_sequence / self.deployment.dp / self._width
+        return self.parameters.host_time_per_sequence / self.deployment.dp / self.width
 
     @property
     def _experts_tuned(self) -> bool:
@@ -127,7 +132,7 @@ class Engine:
         halves = 2 if exchanges and d.exchange.overlap == "two_batch" else 1
         cut = d.dp * (micro_batches or d.pp) * halves
         local = np.maximum(np.ceil(np.asarray(tokens, dtype=np.float64) / cut), 1.0)
-        parts = self._gemms(self._matrices() + self._cross_queries(), local)
+        parts = self._gemms(self._matrices(), local)
         if self.moe is not None:
             parts |= self.moe.parts(local)
             self.sigma |= self.moe.sigma
@@ -157,82 +162,38 @@ class Engine:
         self.sigma["host"] = UNFITTED_LOG_SIGMA
         return parts
 
-    def _matrices(self) -> list[tuple[str, int, float, float, bool]]:
-        """(part, times per step, n, k, quantised) of every dense matrix product a token goes through."""
-        m, a, tp = self.model, self.model.attention, self.deployment.tp_size
-        heads = a.heads / tp
-        out = ("projections", m.layers, float(m.hidden), heads * a.v_head_dim, True)
-        shapes: list[tuple[str, int, float, float, bool]]
-        if a.kind == "mla":
-            latent = float((a.kv_lora_rank or 0) + a.qk_rope_head_dim)
-            if a.q_lora_rank:
-                shapes = [
-                    ("projections", m.layers, a.q_lora_rank + latent, float(m.hidden), True),
-                    ("projections", m.layers, heads * a.head_dim, float(a.q_lora_rank), True),
-                    out,
-                ]
-            else:
-                shapes = [("projections", m.layers, heads * a.head_dim + latent, float(m.hidden), True), out]
-        else:
-            kv_heads = max(1.0, a.kv_heads / tp)
-            width = heads * a.head_dim + kv_heads * (a.head_dim + a.v_head_dim)
-            shapes = [("projections", m.layers, width, float(m.hidden), True), out]
-        if m.dense_layers:
-            up = (m.dense_matrices - 1) * m.dense_inter_size / tp
-            shapes += [
-                ("dense_ffn", m.dense_layers, up, float(m.hidden), True),
-                ("dense_ffn", m.dense_layers, float(m.hidden), m.dense_inter_size / tp, True),
-            ]
-        if m.experts is not None:
-            shapes.append(("router", m.moe_layers, float(m.experts.num_experts), float(m.hidden), False))
-            if m.experts.shared_inter_size and not self._shared_fused:
-                # with token exchange the shared expert is replicated over the ranks, as its input is local
-                width = m.experts.shared_inter_size / (1 if self._exchanges_tokens else tp)
-                up = (m.experts.matrices - 1) * width
-                shapes += [
-                    ("shared_experts", m.moe_layers, up, float(m.hidden), True),
-                    ("shared_experts", m.moe_layers, float(m.hidden), width, True),
-                ]
-        if self.deployment.wide_attention:
-            shapes = [(part, times, n, k, narrow and part != "projections") for part, times, n, k, narrow in shapes]
-        return shapes
-
-    def _cross_queries(self) -> list[tuple[str, int, float, float, bool]]:
-        """Queries and outputs of cross-attention, as `_matrices`; its keys and values are made with the prompt."""
-        if self.encoder is None:
-            return []
-        a, m, tp = self.model.attention, self.model, self.deployment.tp_size
-        queries = ("projections", m.layers, a.heads / tp * a.head_dim, float(m.hidden), True)
-        return [queries, ("projections", m.layers, float(m.hidden), a.heads / tp * a.v_head_dim, True)]
+    def _matrices(self) -> list[Matrix]:
+        m, d = self.model, self.deployment
+        shapes = token_matrices(m, d, replicated=self._exchanges_tokens, fused=self._shared_fused)
+        return shapes if self.encoder is None else shapes + cross_queries(m, d.tp_size)
 
     def encode(self, prompts: Sequence[int]) -> dict[str, float]:
         """Parts of encoding whole prompts of these lengths, and of the keys and values the decoder sees of them. [s]"""
         assert self.encoder is not None
-        d, m, a = self.deployment, self.model, self.model.attention
+        d = self.deployment
         tokens = np.array([max(sum(prompts), 1)], dtype=np.float64)
         lengths = np.array(prompts, dtype=np.float64)
         # n queries after (n - 1) / 2 cached tokens form the n^2 pairs of attention both ways
         attention = float(self.encoder.prefill_attention(lengths, (lengths - 1) / 2).sum()) / d.dp
         parts = {name: float(value[0]) for name, value in self.encoder.token_parts(tokens, attention).items()}
         local = np.maximum(np.ceil(tokens / d.dp), 1.0)
-        width = max(1.0, a.kv_heads / d.tp_size) * (a.head_dim + a.v_head_dim)
         kept = dict(self.sigma)  # spreads stay those of the step's own tokens
-        across = self._gemms([("projections", m.layers, width, float(m.hidden), True)], local)["projections"]
+        across = self._gemms([cross_keys(self.model, d.tp_size)], local)["projections"]
         self.sigma = kept
         parts["projections"] += float(across[0]) * self.parameters.kernel_slowdown
         return parts | {"attention": attention, "host": 0.0}
 
-    def _gemms(self, shapes: list[tuple[str, int, float, float, bool]], tokens: Array) -> dict[str, Array]:
+    def _gemms(self, shapes: list[Matrix], tokens: Array) -> dict[str, Array]:
         """All dense products of a layer stack in one vectorised call per precision."""
         parts: dict[str, Array] = {}
         spreads: dict[str, Array] = {}
         for quantised in (True, False):
-            chosen = [shape for shape in shapes if shape[4] == quantised]
+            chosen = [shape for shape in shapes if shape.quantised == quantised]
             if not chosen:
                 continue
             p = self.precision.dense if quantised else self.precision.plain
-            n = np.array([shape[2] for shape in chosen])[:, None]
-            k = np.array([shape[3] for shape in chosen])[:, None]
+            n = np.array([shape.n for shape in chosen])[:, None]
+            k = np.array([shape.k for shape in chosen])[:, None]
             features = gemm.features_of(
                 np.broadcast_to(tokens, (len(chosen), tokens.size)).ravel(),
                 np.broadcast_to(n, (len(chosen), tokens.size)).ravel(),
@@ -244,9 +205,9 @@ class Engine:
             )
             seconds, sigma = self.times.seconds(gemm.OPERATOR, features, dtype=p.dtype)
             rows = zip(chosen, seconds.reshape(len(chosen), -1), sigma.reshape(len(chosen), -1), strict=True)
-            for (part, count, _, _, _), row, spread_of_row in rows:
-                parts[part] = parts.get(part, np.zeros_like(row)) + count * row
-                spreads[part] = np.maximum(spreads.get(part, 0.0), spread_of_row)
+            for shape, row, spread_of_row in rows:
+                parts[shape.part] = parts.get(shape.part, np.zeros_like(row)) + shape.times * row
+                spreads[shape.part] = np.maximum(spreads.get(shape.part, 0.0), spread_of_row)
         self.sigma |= spreads
         return parts
 
@@ -283,12 +244,12 @@ class Engine:
     @cached_property
     def attention(self) -> AttentionLayers:
         """The attention layers."""
-        return AttentionLayers(self.hardware, self.model, self.deployment, self.times, self.precision, self._width)
+        return AttentionLayers(self.hardware, self.model, self.deployment, self.times, self.precision, self.width)
 
     def decode_attention(self, requests: Array, context: Array) -> Array:
         """Attention of ``requests`` decoding requests with a mean ``context`` each, all layers. [s]"""
         layers = self.attention
-        return self._slowed((layers.decode if self._width == 1 else layers.mixed)(requests, context))
+        return self._slowed((layers.decode if self.width == 1 else layers.mixed)(requests, context))
 
     def prefill_attention(self, new: Array, cached: Array) -> Array:
         """Attention of one prompt chunk of ``new`` tokens after ``cached`` ones, all layers. [s]"""
@@ -327,7 +288,7 @@ class Engine:
         moved = sequences * self.model.vocab * p.nucleus_bytes_per_logit
         return np.asarray(p.nucleus_time + moved / self.hardware.device.memory_bandwidth)
 
-    def _rows(self, tokens: Array) -> Array:
+    def rows(self, tokens: Array) -> Array:
         """Rows that kernels work on for a step's tokens: a captured graph's next size, where the engine uses them.
 
         vLLM captures 1, 2, 4, then every 8 up to 256 and every 16 up to 512, at most twice the rows that
@@ -340,7 +301,7 @@ class Engine:
         each = np.ceil(np.asarray(tokens, dtype=np.float64) / ranks)
         small = np.where(each <= 2, each, np.where(each <= 4, 4, 8 * np.ceil(each / 8)))
         padded = np.where(each <= 256, small, 16 * np.ceil(each / 16))
-        captured = min(2 * d.max_num_seqs * self._width, 512)
+        captured = min(2 * d.max_num_seqs * self.width, 512)
         return np.where(each <= captured, np.maximum(padded * ranks, tokens), tokens)
 
     # ---- what stands around the layers ------------------------------------------------------------------------
@@ -371,7 +332,8 @@ class Engine:
         return seconds
 
     @property
-    def _drained(self) -> bool:
+    def drained(self) -> bool:
+        """Whether a pipeline ends one step before it begins the next."""
         return self.deployment.pipeline == "drained"
 
     def _hand_over(self, tokens: Array, micro_batches: Array | float) -> Array:
@@ -379,7 +341,7 @@ class Engine:
         each = np.ceil(tokens / (self.deployment.dp * micro_batches))
         return pipeline.hand_over_s(self.model, self.deployment, self.hardware, np.maximum(each, 1.0))
 
-    def _waiting(self, parts: Mapping[str, Array], tokens: Array, requests: Array | None, chunks: int = 0) -> Array:
+    def waiting(self, parts: Mapping[str, Array], tokens: Array, requests: Array | None, chunks: int = 0) -> Array:
         """What a step takes longer than its parts because of pipeline stages: of decodes, or of prompt chunks. [s]"""
         stages = self.deployment.pp
         if stages == 1:
@@ -389,10 +351,10 @@ class Engine:
         in_flight = float(min(chunks, stages)) if requests is None else np.ceil(requests / self.deployment.dp)
         in_flight = np.minimum(in_flight, stages)
         arriving = layers + self._hand_over(tokens, in_flight)
-        taken = pipeline.step_s(arriving, in_flight, drained=self._drained)
+        taken = pipeline.step_s(arriving, in_flight, drained=self.drained)
         return np.asarray(taken - layers.sum(axis=0))
 
-    # ---- a step, and the table --------------------------------------------------------------------------------
+    # ---- a step --------------------------------------------------------------------------------
 
     def step(self, batch: Batch, finishing_prompts: int | None = None) -> StepBreakdown:
         """Time one step, part by part.
@@ -408,19 +370,19 @@ class Engine:
                 both[name] = both.get(name, 0.0) + seconds
             sigma = {name: float(np.ravel(value)[0]) for name, value in self.sigma.items()}
             return StepBreakdown(**{f"{n}_s": s for n, s in both.items()}, log_sigma=spread(both, sigma))
-        rows = self._rows(np.array([max(batch.rows(self._width), 1)], dtype=np.float64))
+        rows = self.rows(np.array([max(batch.rows(self.width), 1)], dtype=np.float64))
         attention = self._attention(batch)
         chunks = len(batch.prefill_chunks)
         timed = self.token_parts(rows, attention, min(chunks, self.deployment.pp) or None)
         if chunks:
-            timed["pipeline"] = self._waiting(timed, rows, None, chunks)
+            timed["pipeline"] = self.waiting(timed, rows, None, chunks)
         finishing = chunks if finishing_prompts is None else finishing_prompts
-        sequences = batch.decode_requests * self._width + finishing
+        sequences = batch.decode_requests * self.width + finishing
         timed["head"] = self.head(np.array([sequences], dtype=np.float64))
         timed["attention"] = np.array([attention])
         if not chunks:
-            timed["pipeline"] = self._waiting(timed, rows, np.array([float(batch.decode_requests)]))
-        timed["host"] = timed["host"] + self._host_per_row * sequences
+            timed["pipeline"] = self.waiting(timed, rows, np.array([float(batch.decode_requests)]))
+        timed["host"] = timed["host"] + self.host_per_row * sequences
         timed["draft"] = np.array([self._drafting(batch, rows)])
         parts = {name: float(value[0]) for name, value in timed.items()}
         named = {f"{name}_s": value for name, value in parts.items()}
@@ -434,117 +396,20 @@ class Engine:
             attention += float(kernel(np.array([batch.decode_requests]), np.array([mean]))[0])
         d, chunks = self.deployment, len(batch.prefill_chunks)
         in_flight = np.array([float(min(max(chunks, 1), d.pp))])
-        share = float(pipeline.prompt_share(in_flight, d.pp, drained=self._drained)[0]) / d.dp
+        share = float(pipeline.prompt_share(in_flight, d.pp, drained=self.drained)[0]) / d.dp
         for new, cached in batch.prefill_chunks:  # spread over the data-parallel ranks
             attention += share * float(self.prefill_attention(np.array([new]), np.array([cached]))[0])
         return attention
 
-    def _usual_attention(self, tokens: Array, mean_context: float, prompt_tokens: float) -> Array | float:
+    def usual_attention(self, tokens: Array, mean_context: float, prompt_tokens: float) -> Array | float:
         """Attention of steps told by their tokens alone: requests that decode up to the limit, prompts beyond. [s]"""
         if self.deployment.exchange.overlap != "two_batch":
             return 0.0
-        decoding = np.minimum(tokens / self._width, self.deployment.requests_per_replica)
+        decoding = np.minimum(tokens / self.width, self.deployment.requests_per_replica)
         chunk = np.array([min(prompt_tokens, float(self.deployment.max_num_batched_tokens))])
-        chunks = (tokens - decoding * self._width) / np.maximum(chunk, 1.0) / self.deployment.dp
+        chunks = (tokens - decoding * self.width) / np.maximum(chunk, 1.0) / self.deployment.dp
         decode = self.decode_attention(decoding, np.full(tokens.shape, mean_context))
         return np.asarray(decode + chunks * self.prefill_attention(chunk, np.zeros(1)), dtype=np.float64)
-
-    def compile(self, *, mean_context: float, prompt_tokens: float) -> StepTable:
-        """Tabulate the step time.
-
-        Parameters
-        ----------
-        mean_context : context a decoding request has on average; attention is linearised around it. [tokens]
-        prompt_tokens : typical prompt; prefill attention is linearised around one chunk of it. [tokens]
-        """
-        d, width = self.deployment, self._width
-        running = d.requests_per_replica
-        budget = max(d.tokens_per_replica, running * width)
-        grid = _grid(budget)
-        rows = self._rows(np.arange(budget + 1, dtype=np.float64))
-
-        def tabulated(parts: Mapping[str, Array]) -> Array:
-            seconds = np.interp(rows, grid, sum(parts.values(), np.zeros(grid.shape)))
-            seconds[0] = 0.0
-            return np.asarray(seconds)
-
-        usual = self._usual_attention(grid, mean_context, prompt_tokens)
-        parts = self.token_parts(grid, usual)
-        by_batches = [parts]
-        if d.pp > 1:
-            by_batches = [self.token_parts(grid, usual, chunks) for chunks in range(1, d.pp + 1)]
-            for chunks, timed in enumerate(by_batches, start=1):
-                timed["pipeline"] = self._waiting(timed, grid, None, chunks)
-        drafts = self.drafts
-        if drafts is not None:
-            parts["draft"] = drafts.tokens_s(grid)
-            self.sigma["draft"] = drafts.sigma
-
-        requests = _grid(running)
-        index = np.arange(running + 1)
-        near, far = max(mean_context / 2, 1.0), max(mean_context * 1.5, 2.0)
-
-        def affine(kernel: Callable[[Array, Array], Array]) -> tuple[Array, Array]:
-            low = kernel(requests, np.full(requests.shape, near))
-            high = kernel(requests, np.full(requests.shape, far))
-            slope = np.maximum(high - low, 0.0) / (requests * (far - near))
-            base = np.interp(index, requests, np.maximum(low - slope * requests * near, 0.0))
-            base[0] = 0.0
-            return base, np.interp(index, requests, slope)
-
-        base_s, slope_s = affine(self.decode_attention)
-        mixed_base_s, mixed_slope_s = affine(self.mixed_attention)
-        sequences = _grid(running * width + budget)
-        head = np.interp(np.arange(running * width + budget + 1), sequences, self.head(sequences))
-        draft_s, draft_slope_s = np.zeros(index.shape), np.zeros(index.shape)
-        if drafts is not None:
-            draft_s, draft_slope_s = affine(drafts.attention_s)
-            draft_s += np.interp(index, requests, drafts.requests_s(requests))
-            draft_s[0] = 0.0
-        waiting = np.zeros(index.shape)
-        if d.pp > 1:
-            of_requests = {name: np.interp(rows[1 : running + 1], grid, value) for name, value in parts.items()}
-            of_requests |= {"head": head[1 : running + 1], "attention": (base_s + slope_s * index * mean_context)[1:]}
-            waiting[1:] = self._waiting(of_requests, rows[1 : running + 1], index[1:].astype(np.float64))
-        head += self._host_per_row * np.arange(head.size)
-        head[0] = 0.0
-        chunk = max(min(prompt_tokens, float(d.max_num_batched_tokens)), 2.0)
-        prefill = _quadratic(self.prefill_attention, chunk, d.dp)
-        draft_prefill = (0.0, 0.0, 0.0) if drafts is None else _quadratic(drafts.prompt_attention_s, chunk, d.dp)
-        floor, linear, quadratic = (a + b for a, b in zip(prefill, draft_prefill, strict=True))
-        if self.encoder is not None:
-            # the table counts all tokens of a step in the decoder: set right for prompts of the usual length
-            token_s = tabulated(parts)
-            prompt = max(round(chunk), 2)
-            (one, half), alone = (sum(self.encode([n]).values()) for n in (prompt, prompt // 2)), float(token_s[1])
-            linear = (one - float(token_s[prompt]) - half + float(token_s[prompt // 2])) / (prompt - prompt // 2)
-            floor, quadratic = one + alone - float(token_s[prompt]) - linear * prompt, 0.0
-            begun, beside = (token_s[np.minimum(index + more, budget)] for more in (1, prompt))
-            mixed_base_s = mixed_base_s + begun - alone + token_s[prompt] - beside
-            mixed_base_s[0] = 0.0
-        detail = StepDetail(
-            grid, parts, dict(self.sigma), self._host_per_row, rows, tuple(by_batches), draft_s, draft_slope_s,
-            draft_prefill, waiting,
-        )  # fmt: skip
-        return StepTable(
-            tabulated(parts), head, base_s + draft_s + waiting, slope_s + draft_slope_s, floor, linear, quadratic,
-            detail, mixed_base_s + draft_s, mixed_slope_s + draft_slope_s, width,
-            np.stack([tabulated(timed) for timed in by_batches]),
-            pipeline.prompt_share(np.arange(1.0, d.pp + 1), d.pp, drained=self._drained),
-            steps_ahead=self.parameters.steps_ahead,
-        )  # fmt: skip
-
-
-def _quadratic(kernel: Callable[[Array, Array], Array], chunk: float, ranks: int) -> tuple[float, float, float]:
-    """Attention of prompt chunks about ``chunk`` long: a base, and per token and pair, spread over ``ranks``. [s]"""
-    chunks = np.array([chunk, max(chunk / 2, 1.0)])
-    whole, half = kernel(chunks, np.zeros(2)).tolist()
-    # chunks spread over the data-parallel ranks, which work at the same time
-    pairs = chunks * (chunks + 1) / 2
-    quadratic = max(whole - 2 * half, 0.0) / (pairs[0] - 2 * pairs[1]) if whole > 2 * half else 0.0
-    linear = max(whole - half - quadratic * (pairs[0] - pairs[1]), 0.0) / (chunks[0] - chunks[1])
-    floor = max(whole - linear * chunks[0] - quadratic * pairs[0], 0.0)
-    return float(floor), float(linear / ranks), float(quadratic / ranks)
 
 
 def _active(model: Model, deployment: Deployment) -> tuple[int, int]:
@@ -565,16 +430,3 @@ def _active(model: Model, deployment: Deployment) -> tuple[int, int]:
     if (pool + deployment.routing.redundant_experts) % max(deployment.ep, 1):
         raise SpecError(f"ep {deployment.ep} does not divide the pool of {pool} experts and their copies")
     return cap, pool
-
-
-def _grid(top: int) -> Array:
-    """Counts at which a step is timed exactly: every one up to 8, then about six an octave.
-
-    Powers of two and what follows each are among them: tiles and kernels change there, and just there users ask.
-    """
-    if top <= 8:
-        return np.arange(1, top + 1, dtype=np.float64)
-    spaced = np.round(np.geomspace(8, top, max(2, round(6 * math.log2(top / 8)))))
-    powers = 2.0 ** np.arange(3, math.floor(math.log2(top)) + 1)
-    steps = np.concatenate([powers, powers + 1.0])
-    return np.concatenate([np.arange(1, 8, dtype=np.float64), np.union1d(spaced, steps[steps <= top])])

@@ -2,10 +2,10 @@
 
 Model: continuous batching as a load-dependent server whose throughput X(N) with N requests in flight is tabulated in
 `simmoe.steady.load_curve`. Closed loop: N is the concurrency. Open loop: the number in the system is the birth-death
-chain with birth rate lambda and death rate X(n) (flow-equivalent server; Lazowska et al., Quantitative System Performance,
-1984, ch. 8), and a request's latencies follow from what its arrival meets. With asynchronous scheduling the step after
-the one that an arrival meets is decided already, so a newcomer waits for it too, unless the engine is idle.
-Left out: the start's transient, preemption.
+chain with birth rate lambda and death rate X(n) (flow-equivalent server; Lazowska et al., Quantitative System
+Performance, 1984, ch. 8), and a request's latencies follow from what its arrival meets. With asynchronous scheduling
+the step after the one that an arrival meets is decided already, so a newcomer waits for it too, unless the engine is
+idle. Left out: the start's transient, preemption.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from simmoe.costs.memory import footprint
 from simmoe.engine.engine import Engine
+from simmoe.engine.tabulate import step_table
 from simmoe.errors import CapacityError, SimmoeError
 from simmoe.metrics import RequestTable
 from simmoe.sim.arrivals import Recorded
@@ -146,7 +147,7 @@ def _played(run: Run, parameters: EngineParameters) -> tuple[RequestTable, NDArr
     deployment = run.deployment if run.is_moe else run.deployment.vary(dp=1)
     engine = Engine(run.hardware, run.model, deployment, parameters=parameters)
     prompt = float(run.input_tokens.mean())
-    table = engine.compile(mean_context=prompt + run.output_tokens / 2, prompt_tokens=prompt)
+    table = step_table(engine, mean_context=prompt + run.output_tokens / 2, prompt_tokens=prompt)
     blocks = run.kv_blocks
     if blocks is None:
         blocks = footprint(run.model, deployment, run.hardware).kv_tokens_per_rank // deployment.kv_block_size
