@@ -54,7 +54,7 @@ def test_the_first_command_answers_as_a_process_from_any_folder(tmp_path):
 
 def test_help_loads_nothing_heavy(tmp_path):
     code = (
-        "import sys; from simmoe import cli; sys.argv = ['simmoe', '--help']\n"
+        "import sys; from simmoe.cli import main as cli; sys.argv = ['simmoe', '--help']\n"
         "try: cli.main()\nexcept SystemExit: pass\n"
         "heavy = {'torch', 'scipy', 'matplotlib', 'simpy', 'pandas', 'ray', 'pint'} & set(sys.modules)\n"
         "assert not heavy, heavy"
@@ -66,7 +66,7 @@ def test_help_loads_nothing_heavy(tmp_path):
 
 def test_predicting_loads_no_plotting_simulation_or_torch(tmp_path):
     code = (
-        "import sys; from simmoe import cli; sys.argv = ['simmoe', 'predict', 'h100', '--json']\n"
+        "import sys; from simmoe.cli import main as cli; sys.argv = ['simmoe', 'predict', 'h100', '--json']\n"
         "try: cli.main()\nexcept SystemExit: pass\n"
         # not scipy: pint loads it where it is installed
         "heavy = {'torch', 'matplotlib', 'simpy', 'pandas', 'ray'} & set(sys.modules)\n"

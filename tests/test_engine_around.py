@@ -54,7 +54,7 @@ def test_nucleus_sampling_adds_its_launches_and_its_bytes() -> None:
     ("tokens", "rows"), [(1, 1), (3, 4), (4, 4), (9, 16), (57, 64), (128, 128), (129, 129), (2000, 2000)]
 )
 def test_batches_are_padded_to_captured_sizes_and_no_further(tokens: int, rows: int) -> None:
-    assert engine()._rows(np.array([float(tokens)]))[0] == rows  # 64 seats: graphs up to 128
+    assert engine().rows(np.array([float(tokens)]))[0] == rows  # 64 seats: graphs up to 128
 
 
 def test_padding_rows_wake_experts() -> None:
