@@ -10,10 +10,9 @@ import typer
 
 from simmoe import console
 from simmoe.cli import live as cli_live
+from simmoe.cli import options
 from simmoe.console import show, show_json
 from simmoe.errors import MeasurementError, SpecError
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
 
 
 def calibrate(
@@ -33,8 +32,8 @@ def calibrate(
         bool, typer.Option("--beyond", help="Put fits to other devices and outside their ranges; write nothing.")
     ] = False,
     folds: Annotated[int, typer.Option(min=2, help="Folds of shape groups to judge the fits by.")] = 10,
-    processes: Annotated[int | None, typer.Option(min=1, help="Processes to fit on. [default: all cores]")] = None,
-    json: JsonOption = False,
+    processes: options.Processes = None,
+    json: options.Json = False,
 ) -> None:
     """Fit the operator models to measured kernel times, and judge them on shapes they never saw.
 
@@ -99,7 +98,7 @@ def import_command(
     device: Annotated[str, typer.Option(help="What was measured: ends the tables' names, e.g. h100_sxm.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the tables. [default: `profiles/<device>`]")] = None,
     model: Annotated[str | None, typer.Option(help="What benchmark_moe ran, if its log names no known model.")] = None,
-    json: JsonOption = False,
+    json: options.Json = False,
 ) -> None:
     """Convert kernel times other tools measured to tables that `simmoe calibrate` reads.
 
@@ -159,7 +158,7 @@ def validate(
     threads: Annotated[int | None, typer.Option(min=1, help="Live: threads on a CPU. [default: all]")] = None,
     timer: Annotated[str, typer.Option(help="Live: wall, or cpu: one thread's own run time.")] = "wall",
     out: Annotated[Path | None, typer.Option(help="Live: folder to keep the profile and live.json in.")] = None,
-    json: JsonOption = False,
+    json: options.Json = False,
 ) -> None:
     """Lay predictions beside measurements: kernel by kernel, run by run.
 

@@ -7,14 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from simmoe.cli import options
 from simmoe.console import show, show_json
 from simmoe.errors import CapacityError
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
-RayOption = Annotated[
-    str | None, typer.Option(help="Run on a Ray cluster: its address, auto, or local to start one here.")
-]
-ProcessesOption = Annotated[int | None, typer.Option(min=1, help="Local processes. [default: one per core]")]
 
 
 def plan(
@@ -39,18 +34,16 @@ def plan(
     max_gpus: Annotated[int, typer.Option(help="Most devices bought.")] = 1024,
     budget: Annotated[float | None, typer.Option(help="Most spent. [USD/h]")] = None,
     replica_gpus: Annotated[int, typer.Option(help="Largest replica tried. [devices]")] = 32,
-    active_experts: Annotated[int | None, typer.Option(help="Cap on active experts; costs quality.")] = None,
-    speculative: Annotated[
-        str | None, typer.Option(help="Drafted tokens and their acceptance, e.g. mtp:1,length=1.85.")
-    ] = None,
-    engine: Annotated[str | None, typer.Option(help="vllm, sglang, trtllm or generic.")] = None,
-    precision: Annotated[str | None, typer.Option(help="Weights: bfloat16, fp8, fp8_block, int8, int4 ...")] = None,
+    active_experts: options.Cap = None,
+    speculative: options.Speculative = None,
+    engine: options.Engine = None,
+    precision: options.Precision = None,
     requests: Annotated[int, typer.Option(min=100, help="Requests measured in each simulated run.")] = 3000,
     seed: Annotated[int, typer.Option(help="Seed of arrivals, lengths and routing.")] = 0,
     split: Annotated[bool, typer.Option(help="Prefill and decode on replicas of their own compete too.")] = True,
-    processes: ProcessesOption = None,
-    ray: RayOption = None,
-    json: JsonOption = False,
+    processes: options.Processes = None,
+    ray: options.Ray = None,
+    json: options.Json = False,
 ) -> None:
     """Find the cheapest deployment that holds a service objective, how surely, and what would change the answer.
 
@@ -109,9 +102,9 @@ def plan(
 def sweep(
     grid: Annotated[Path, typer.Argument(help="Grid file: model, hardware, deployment, workload; lists and ranges.")],
     out: Annotated[Path, typer.Option(help="Table to write, .csv or .parquet; a second run goes on where it ended.")],
-    processes: ProcessesOption = None,
-    ray: RayOption = None,
-    json: JsonOption = False,
+    processes: options.Processes = None,
+    ray: options.Ray = None,
+    json: options.Json = False,
 ) -> None:
     """Predict or simulate every point of a grid of specs into a table.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from simmoe import units
+from simmoe.cli import options
 from simmoe.errors import CoverageError, SpecError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def profile(
     name: Annotated[str | None, typer.Option(help="Device name to use instead of the system's.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of inputs and routing.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and measure nothing.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")] = False,
+    json: options.Json = False,
 ) -> None:
     """Measure kernels of real layers on this device, row by row; a rerun adds what is missing.
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from simmoe import console
+from simmoe.cli import options
 from simmoe.console import show
 from simmoe.errors import SpecError
 
@@ -18,24 +19,21 @@ def simulate(
     model: Annotated[
         str | None, typer.Option(help="Preset name, YAML file or config.json. [default: deepseek-v2-lite]")
     ] = None,
-    gpus: Annotated[int | None, typer.Option(help="Devices in total. [default: 1]")] = None,
-    tp: Annotated[int | None, typer.Option(help="Tensor-parallel size; default: all devices of a replica.")] = None,
-    ep: Annotated[int | None, typer.Option(help="Expert-parallel size; 1 slices experts by tp. [default: 1]")] = None,
-    dp: Annotated[int | None, typer.Option(help="Data-parallel attention ranks in one engine. [default: 1]")] = None,
-    pp: Annotated[int | None, typer.Option(help="Pipeline stages. [default: 1]")] = None,
-    rate: Annotated[float | None, typer.Option(help="Open loop: requests per second offered.")] = None,
-    concurrency: Annotated[int | None, typer.Option(help="Closed loop: clients. [default: 64]")] = None,
-    input_tokens: Annotated[float | None, typer.Option("--input", help="Mean input tokens. [default: 1024]")] = None,
-    output_tokens: Annotated[float | None, typer.Option("--output", help="Mean output tokens. [default: 256]")] = None,
-    active_experts: Annotated[int | None, typer.Option(help="Cap on active experts per token.")] = None,
-    speculative: Annotated[
-        str | None,
-        typer.Option(help="Drafted tokens and their acceptance: mtp:1,length=1.85, ngram:3,rate=0.4 or none."),
-    ] = None,
-    engine: Annotated[str | None, typer.Option(help="vllm, sglang, trtllm or generic.")] = None,
-    precision: Annotated[str | None, typer.Option(help="Weights: bfloat16, fp8, fp8_block, int8, int4 ...")] = None,
-    deployment: Annotated[Path | None, typer.Option(help="Deployment YAML; flags override it.")] = None,
-    workload: Annotated[Path | None, typer.Option(help="Workload YAML; flags override it.")] = None,
+    gpus: options.Gpus = None,
+    tp: options.Tp = None,
+    ep: options.Ep = None,
+    dp: options.Dp = None,
+    pp: options.Pp = None,
+    rate: options.Rate = None,
+    concurrency: options.Concurrency = None,
+    input_tokens: options.Input = None,
+    output_tokens: options.Output = None,
+    active_experts: options.Cap = None,
+    speculative: options.Speculative = None,
+    engine: options.Engine = None,
+    precision: options.Precision = None,
+    deployment: options.Deployment = None,
+    workload: options.Workload = None,
     replay: Annotated[
         Path | None, typer.Option(help="Play a recorded trace (Azure, BurstGPT, Mooncake, benchmark output ...).")
     ] = None,
@@ -50,7 +48,7 @@ def simulate(
     ] = None,
     trace: Annotated[Path | None, typer.Option(help="Write steps, batches, queue, KV use here, for Perfetto.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw queue, batch and KV use over time to this file.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")] = False,
+    json: options.Json = False,
 ) -> None:
     """Play single requests through queues, batches and KV caches, and measure what clients see.
 

@@ -7,17 +7,16 @@ from typing import Annotated
 
 import typer
 
+from simmoe.cli import options
 from simmoe.console import show, show_json
 from simmoe.errors import SpecError
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
 
 
 def frontier(
     hardware: Annotated[str, typer.Argument(help="Hardware file or shipped name.")],
-    model: Annotated[str, typer.Option(help="Preset, YAML file or config.json.")] = "deepseek-v2-lite",
+    model: options.Model = "deepseek-v2-lite",
     gpus: Annotated[int, typer.Option(help="Devices.")] = 1,
-    tp: Annotated[int | None, typer.Option(help="Tensor-parallel size. [default: all devices of a replica]")] = None,
+    tp: options.Tp = None,
     ep: Annotated[int, typer.Option(help="Expert-parallel size.")] = 1,
     dp: Annotated[int, typer.Option(help="Data-parallel attention ranks.")] = 1,
     concurrency: Annotated[str | None, typer.Option(help="Requests in flight. [default: 8,64,256]")] = None,
@@ -27,16 +26,16 @@ def frontier(
     caps: Annotated[str | None, typer.Option(help="Caps on active experts. [default: native, 3/4, 1/2, 1/4]")] = None,
     pools: Annotated[str | None, typer.Option(help="Pool sizes after removing experts, e.g. 48,32.")] = None,
     refill: Annotated[bool, typer.Option("--refill", help="Also caps refilled from experts the batch woke.")] = False,
-    price: Annotated[float | None, typer.Option(help="USD per device-hour; else the file's. ")] = None,
+    price: options.Price = None,
     benchmark: Annotated[
         str | None, typer.Option(help="Benchmark on the plot's axis. [default: the first known]")
     ] = None,
-    engine: Annotated[str | None, typer.Option(help="vllm, sglang, trtllm or generic.")] = None,
+    engine: options.Engine = None,
     engine_version: Annotated[str | None, typer.Option(help="Its version, e.g. 0.4.4.post1.")] = None,
-    precision: Annotated[str | None, typer.Option(help="Weights: bfloat16, fp8, fp8_block, int8, int4 ...")] = None,
+    precision: options.Precision = None,
     measured: Annotated[Path | None, typer.Option(help="Table of measured runs to show gains beside.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw speed against quality to this file.")] = None,
-    json: JsonOption = False,
+    json: options.Json = False,
 ) -> None:
     """Weigh throughput and cost against measured quality over caps, pools and refilled caps.
 
@@ -104,10 +103,10 @@ def scaling(
     experts: Annotated[str, typer.Option(help="Expert counts to compare.")] = "1,4,8,16,32",
     reference: Annotated[int, typer.Option(min=1, help="Expert count whose loss is to be matched.")] = 4,
     hardware: Annotated[str, typer.Option(help="What serves the model.")] = "a100-40gb",
-    price: Annotated[float | None, typer.Option(help="USD per device-hour; else the file's.")] = None,
+    price: options.Price = None,
     input_tokens: Annotated[float, typer.Option("--input", help="Mean input tokens.")] = 161,
     output_tokens: Annotated[float, typer.Option("--output", help="Mean output tokens.")] = 338,
-    json: JsonOption = False,
+    json: options.Json = False,
 ) -> None:
     """Weigh training budget against serving cost over expert counts, with the scaling law of MoE models.
 
