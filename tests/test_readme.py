@@ -41,6 +41,17 @@ def test_a_quick_command_of_the_readme_runs(command, monkeypatch, tmp_path, caps
     assert captured.out
 
 
+def test_the_answer_shown_is_the_answer_given(monkeypatch, capsys):
+    shown = re.search(r"^```text\n(.*?)^\[then", README, flags=re.DOTALL | re.MULTILINE)
+    assert shown
+    monkeypatch.setenv("COLUMNS", "145")
+    monkeypatch.setattr(sys, "argv", ["simmoe", "predict", "h100"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    given = " ".join(capsys.readouterr().out.split())
+    assert given.startswith(" ".join(shown[1].split()))
+
+
 @pytest.mark.parametrize("command", COMMANDS + INLINE)
 def test_every_command_and_option_of_the_readme_exists(command):
     words = shlex.split(command)
