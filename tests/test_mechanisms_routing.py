@@ -1,5 +1,6 @@
 """Who gets the tokens: every law and rule against drawn routings, and none of them without effect."""
 
+import math
 import time
 
 import numpy as np
@@ -17,7 +18,7 @@ from simmoe.routing.expert_load import TILES, expected_load
 from simmoe.routing.occupancy import distinct_experts
 from simmoe.routing.redundancy import eplb_placement, replicate
 from simmoe.routing.refill import refilled_load
-from simmoe.routing.schedules import kept_shares
+from simmoe.routing.schedules import entropy_shares, kept_shares
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.routing import Routing, routing_values
@@ -103,6 +104,57 @@ def test_a_stricter_gate_keeps_fewer_experts(threshold, spread):
 
 def test_a_gate_keeps_at_least_its_minimum():
     assert sum(kept_shares(64, 6, 0.99, keep_min=3)[:2]) == 0.0
+    assert sum(entropy_shares(64, 6, 0.1, keep_min=3)[:2]) == 0.0
+
+
+@pytest.mark.parametrize(("setting", "spread"), [(0.3, 0.7), (0.6, 1.0), (0.8, 2.0)])
+def test_gates_of_two_experts_keep_both_as_the_gap_of_two_gaussians_says(setting, spread):
+    """The gap g of two logits is |N(0, 2 s^2)|: both are kept while it is below what the rule allows."""
+
+    def within(gap):
+        return math.erf(gap / (2 * spread))
+
+    def effective(gap):
+        first = 1 / (1 + math.exp(-gap))
+        return math.exp(-first * math.log(first) - (1 - first) * math.log(1 - first))
+
+    low, high = 0.0, 30.0  # exp(H) falls from 2 to 1 as the gap grows; both stay while setting * exp(H) > 1
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if setting * effective(middle) > 1 else (low, middle)
+    assert kept_shares(2, 2, setting, spread=spread)[1] == pytest.approx(within(-math.log(setting)), abs=0.012)
+    assert entropy_shares(2, 2, setting, spread=spread)[1] == pytest.approx(within(low), abs=0.012)
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+@pytest.mark.parametrize(("share", "spread"), [(0.5, 1.0), (0.8, 2.0), (1.0, 3.0)])
+def test_an_entropy_gate_keeps_what_tokens_drawn_one_by_one_keep(share, spread, sigmoid):
+    rng = np.random.default_rng(7)
+    drawn = [twin.entropy_gate(rng, 64, 6, share, spread, sigmoid=sigmoid) for _ in range(3000)]
+    shares = entropy_shares(64, 6, share, spread=spread, sigmoid=sigmoid)
+    assert np.bincount(drawn, minlength=7)[1:] / 3000 == pytest.approx(np.array(shares), abs=0.035)
+
+
+def test_an_entropy_gate_keeps_all_where_experts_are_alike_and_fewer_the_surer_the_router():
+    assert entropy_shares(64, 6, 1.0, spread=0.01)[-1] == 1.0
+    mean = [np.dot(np.arange(1, 7), entropy_shares(64, 6, 0.8, spread=spread)) for spread in (1.0, 2.0, 4.0, 30.0)]
+    assert mean == sorted(mean, reverse=True)
+    assert mean[-1] < 1.5
+
+
+@pytest.mark.parametrize("gate", [{"keep_threshold": 0.3}, {"keep_entropy": 0.8}])
+def test_a_gate_costs_what_its_shares_cost_and_a_cap_bounds_it(gate):
+    how = {**gate, "logit_spread": 2.0, "keep_min": 2}
+    rule = kept_shares if "keep_threshold" in gate else entropy_shares
+    shares = rule(128, 8, *gate.values(), keep_min=2, spread=2.0)
+    (ruled,), (given_shares,), (capped,) = (
+        kinds(Routing(**how)), kinds(Routing(top_k_shares=shares)), kinds(Routing(**how), top_k=3)
+    )  # fmt: skip
+    assert ruled.top_k == pytest.approx(float(np.dot(np.arange(1, 9), shares)))
+    tokens = np.array([1.0, 16.0, 300.0])
+    assert np.allclose(ruled.load(tokens).active_experts, given_shares.load(tokens).active_experts)
+    assert np.allclose(ruled.load(tokens).routed_pairs, given_shares.load(tokens).routed_pairs)
+    assert capped.top_k <= 3.0 < ruled.top_k < 8.0
 
 
 def test_a_schedule_of_k_gives_each_layer_its_own():
@@ -261,6 +313,8 @@ SWITCHES = {
     "schedule": Routing(top_k_per_layer=(8, 4) * 24),
     "shares": Routing(top_k_shares=(0.5, 0.5)),
     "threshold": Routing(keep_threshold=0.5),
+    "entropy": Routing(keep_entropy=0.5),
+    "entropy minimum": Routing(keep_entropy=0.5, keep_min=6),
 }
 
 
@@ -310,12 +364,14 @@ def test_a_wrong_flag_is_told(text, says):
         {"popularity": "counts"},
         {"counts": (1.0, 2.0)},
         {"refill_to": 8, "keep_threshold": 0.5},
+        {"keep_entropy": 0.5, "keep_threshold": 0.5},
+        {"keep_min": 3},
         {"redundant_experts": 8},
         {"popularity": "domains", "domains": 2, "domain_shares": (0.5, 0.6)},
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(given_):
-    with pytest.raises(ValueError, match=r"counts|exclude|placement|shares"):
+    with pytest.raises(ValueError, match=r"counts|exclude|placement|shares|gate"):
         Routing(**given_)
 
 

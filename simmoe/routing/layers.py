@@ -22,7 +22,7 @@ from simmoe.routing import popularity as laws
 from simmoe.routing.expert_load import TILES, ExpertLoad, expected_load
 from simmoe.routing.redundancy import eplb_placement
 from simmoe.routing.refill import refilled_load
-from simmoe.routing.schedules import kept_shares
+from simmoe.routing.schedules import entropy_shares, kept_shares
 from simmoe.specs.model import Experts
 from simmoe.specs.routing import Routing
 
@@ -177,11 +177,12 @@ def _rules(
             )
         return [(float(moe_layers), {top_k: 1.0}, float(routing.refill_to))]
     shares: tuple[float, ...] | None = routing.top_k_shares
-    if routing.keep_threshold is not None:
-        shares = kept_shares(
-            experts.num_experts, top_k, routing.keep_threshold, keep_min=routing.keep_min, spread=routing.logit_spread,
-            sigmoid=experts.score.startswith("sigmoid"),
-        )  # fmt: skip
+    for gate, setting in ((kept_shares, routing.keep_threshold), (entropy_shares, routing.keep_entropy)):
+        if setting is not None:
+            shares = gate(
+                experts.num_experts, top_k, setting, keep_min=routing.keep_min, spread=routing.logit_spread,
+                sigmoid=experts.score.startswith("sigmoid"),
+            )  # fmt: skip
     if shares is not None:
         if len(shares) > experts.top_k:
             raise SpecError(

@@ -56,9 +56,12 @@ class Routing(Spec):
     keep_threshold: float | None = Field(
         default=None, gt=0, lt=1, description="Adaptive k: keep experts whose score is above this share of the best."
     )
-    keep_min: int = Field(default=1, ge=1, description="keep_threshold: experts kept in any case.")
+    keep_entropy: float | None = Field(
+        default=None, gt=0, description="Adaptive k: keep this share of exp(entropy of the top-k weights), rounded up."
+    )
+    keep_min: int = Field(default=1, ge=1, description="keep_threshold, keep_entropy: experts kept in any case.")
     logit_spread: float = Field(
-        default=1.0, gt=0, description="keep_threshold: standard deviation of router logits; assumed Gaussian. [-]"
+        default=1.0, gt=0, description="keep_...: standard deviation of router logits; assumed Gaussian. [-]"
     )
 
     placement: Literal["contiguous", "greedy", "eplb"] = Field(
@@ -99,11 +102,13 @@ class Routing(Spec):
             raise ValueError("top_k_shares must be 0 or more and sum to 1")
         rules = {
             "top_k_per_layer": self.top_k_per_layer, "refill_to": self.refill_to, "top_k_shares": self.top_k_shares,
-            "keep_threshold": self.keep_threshold,
+            "keep_threshold": self.keep_threshold, "keep_entropy": self.keep_entropy,
         }  # fmt: skip
         given = [name for name, value in rules.items() if value is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} exclude each other")
+        if self.keep_threshold is None and self.keep_entropy is None and (self.keep_min > 1 or self.logit_spread != 1):
+            raise ValueError("keep_min and logit_spread belong to a gate: give keep_threshold or keep_entropy too")
         if self.top_k_per_layer is not None and (not self.top_k_per_layer or min(self.top_k_per_layer) < 1):
             raise ValueError("top_k_per_layer: every layer takes 1 expert or more")
         if self.redundant_experts and self.placement != "eplb":
@@ -123,7 +128,12 @@ _NAMES = {
     "domains": ("domains", "domains"),
     "hash": ("hash", "exponent"),
 }
-_SHORT = {"redundant": "redundant_experts", "refill": "refill_to", "threshold": "keep_threshold"}
+_SHORT = {
+    "redundant": "redundant_experts",
+    "refill": "refill_to",
+    "threshold": "keep_threshold",
+    "entropy": "keep_entropy",
+}
 
 
 def routing_values(text: str) -> dict[str, object]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from simmoe.routing.sampling import sample_choices
@@ -29,6 +31,16 @@ def adaptive(rng: Rng, tokens: int, weights: np.ndarray, shares: dict[int, float
     """Tokens of each expert when a token takes j experts with chance shares[j]."""
     sizes = rng.choice(list(shares), size=tokens, p=list(shares.values()))
     return counts_of([sample_choices(rng, 1, weights, int(j))[0] for j in sizes], len(weights))
+
+
+def entropy_gate(rng: Rng, num_experts: int, top_k: int, share: float, spread: float, *, sigmoid: bool) -> int:
+    """Experts one token keeps: as many as a share of exp(entropy) of its top-k weights, rounded up."""
+    logits = [float(spread * rng.standard_normal()) for _ in range(num_experts)]
+    best = sorted(logits, reverse=True)[:top_k]
+    scores = [1 / (1 + math.exp(-x)) if sigmoid else math.exp(x) for x in best]
+    weights = [score / sum(scores) for score in scores]
+    entropy = -sum(weight * math.log(weight) for weight in weights)
+    return max(1, min(top_k, math.ceil(share * math.exp(entropy))))
 
 
 def tasks(rng: Rng, tokens: int, num_experts: int, top_k: int, num_tasks: int) -> np.ndarray:
