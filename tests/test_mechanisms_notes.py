@@ -22,8 +22,10 @@ BASES = {
     "B": ("h200", "deepseek-v3", {"gpus": 16, "tp": 1, "dp": 16, "ep": 16, "engine": "sglang"}, 1024),
     "C": ("h100", "mixtral-8x7b", {"offload": {"cached_experts": 4}}, 1),
     "D": ("h200", "deepseek-v3", {"gpus": 8, "engine": "sglang"}, 16),
+    "E": ("h200", "deepseek-v3", {"gpus": 8, "engine": "sglang"}, 64),
+    "F": ("h200", "deepseek-v3", {"gpus": 8, "engine": "sglang"}, 1),
 }
-ROWS = re.findall(r"^\| ([ABCD]) \| `(.+?)` \| ([+-]\d+) % \|", NOTES.read_text(), flags=re.MULTILINE)
+ROWS = re.findall(r"^\| ([A-F]) \| `(.+?)` \| ([+-]\d+) % \|", NOTES.read_text(), flags=re.MULTILINE)
 
 
 @cache
