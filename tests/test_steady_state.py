@@ -10,7 +10,7 @@ from simmoe.errors import CapacityError, SaturationError
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.workload import Lengths, Workload
 from simmoe.steady.load_curve import load_curve, saturation_requests_per_s
-from simmoe.steady.state import steady_state
+from simmoe.steady.state import steady_state, steady_states
 
 PLENTY = 10_000_000.0
 """A KV cache that never binds. [tokens]"""
@@ -219,6 +219,23 @@ def test_near_saturation_waiting_grows_without_bound():
     assert waits[0] < 0.5 * capacity * 0.01  # nobody waits for longer than the running step of 10 ms
     assert waits[1] < waits[2] < waits[3]
     assert waits[3] > 100
+
+
+@few
+@given(st.integers(1, 2000), st.integers(1, 300), st.lists(st.floats(1e-6, 0.999), min_size=1, max_size=5))
+def test_rates_solved_together_are_as_rates_solved_one_by_one(prompt, output, shares):
+    steps, deployment = table(0.01, 1e-5, 1e-9), Deployment(gpus=2)
+    workload = work(prompt, output, rate=1.0)
+    curve = load_curve(steps, deployment, workload, PLENTY)
+    rates = np.array(shares) * saturation_requests_per_s(curve) * deployment.replicas
+    together = steady_states(curve, deployment, workload, PLENTY, rates)
+    for rate, (metrics, bound) in zip(rates.tolist(), together, strict=True):
+        alone, alone_bound = steady_state(curve, deployment, workload.vary(rate=rate), PLENTY)
+        assert bound == alone_bound
+        assert metrics.output_tokens_per_s == pytest.approx(rate * output)
+        for latency in ("ttft", "tpot", "itl", "e2e"):
+            one, other = getattr(metrics, latency), getattr(alone, latency)
+            assert (one.mean, one.p50, one.p99) == pytest.approx((other.mean, other.p50, other.p99), rel=1e-9)
 
 
 def test_an_almost_idle_replica_serves_as_if_alone():

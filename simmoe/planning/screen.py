@@ -27,7 +27,7 @@ from simmoe.specs.model import Model
 from simmoe.specs.workload import Workload
 from simmoe.steady.front_end import delayed
 from simmoe.steady.load_curve import load_curve, saturation_requests_per_s
-from simmoe.steady.state import steady_state
+from simmoe.steady.state import steady_states
 
 Array = NDArray[np.float64]
 
@@ -142,11 +142,7 @@ def screen(
     curve = load_curve(parts.table, replica, workload, parts.memory.kv_tokens)
     capacity = saturation_requests_per_s(curve)
     loads = LOADS * capacity
-    one = workload.vary(rate=1.0, concurrency=None)
-    found = [
-        steady_state(curve, replica, one.model_copy(update={"rate": float(rate)}), parts.memory.kv_tokens)[0]
-        for rate in loads
-    ]
+    found = [metrics for metrics, _ in steady_states(curve, replica, workload, parts.memory.kv_tokens, loads)]
     keys = {(limit.metric, limit.statistic) for limit in limits} | {("ttft", "p99"), ("tpot", "p99"), ("tpot", "p50")}
     seen = [delayed(metrics, parts.engine.parameters, workload.input.mean) for metrics in found]
     latency = {(m, s): np.array([getattr(getattr(metrics, m), s) for metrics in seen]) for m, s in keys}

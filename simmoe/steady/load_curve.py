@@ -16,9 +16,10 @@ a cohort. Left out: the transient at start, preemption. `simmoe.sim` has them.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -32,6 +33,8 @@ from simmoe.specs.workload import Lengths, Workload
 Array = NDArray[np.float64]
 
 _GRID = 160
+#: What metrics show of a curve.
+SHOWN = ("step_s", "tpot_s", "decode_step_s", "mixed_step_s", "mixed_share", "decoding", "prefill_s")
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,6 @@ class Curve:
     mixed_share : share of steps that carry prompt tokens. [-]
     decoding : mean decoding requests. [requests]
     prefill_s : time from first being scheduled to the first token. [s]
-    prompt_rate : prompt tokens a second the replica could take if more were waiting. [tokens/s]
     chunk : prompt tokens in a step that carries any. [tokens]
     beside : decoding requests in such a step. [requests]
     width : rows that a decoding request brings to a step. [tokens]
@@ -66,7 +68,6 @@ class Curve:
     mixed_share: Array
     decoding: Array
     prefill_s: Array
-    prompt_rate: Array
     chunk: Array
     beside: Array
     limit: str
@@ -74,10 +75,14 @@ class Curve:
     width: int = 1
     steps_ahead: int = 0
 
-    @property
+    @cached_property
     def peak(self) -> int:
         """Index of the highest throughput."""
         return int(np.argmax(self.requests_per_s))
+
+    def at(self, in_flight: Array, names: Sequence[str]) -> dict[str, Array]:
+        """Quantities at numbers in flight of any shape, linear between the curve's points."""
+        return {name: np.interp(in_flight, self.in_flight, getattr(self, name)) for name in names}
 
 
 def load_curve(table: StepTable, deployment: Deployment, workload: Workload, kv_tokens: float) -> Curve:
@@ -159,7 +164,6 @@ def load_curve(table: StepTable, deployment: Deployment, workload: Workload, kv_
         seen = decode_step + share * (mixed_step - decode_step) * np.maximum(1 - cohort / in_flight, 0.0)
         in_flight = throughput * (prefill + steps * seen)
     in_flight = np.maximum.accumulate(np.maximum(in_flight, 1.0))
-    prompt_rate = chunk / mixed_step * np.where(chunk < room, room / chunk, 1.0)
     end = max(1.0 + 1e-9, min(most, float(in_flight[-1])))
     n = np.append(in_flight[in_flight < end], end)
     columns = {
@@ -171,7 +175,6 @@ def load_curve(table: StepTable, deployment: Deployment, workload: Workload, kv_
         "mixed_share": share,
         "decoding": decoding,
         "prefill_s": prefill,
-        "prompt_rate": prompt_rate,
         "chunk": chunk,
         "beside": beside,
     }
