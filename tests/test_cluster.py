@@ -24,7 +24,7 @@ from simmoe.specs.deployment import Deployment
 from simmoe.specs.hardware import Link
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.speculative import Speculative
-from simmoe.specs.workload import Arrivals, Lengths, Workload
+from simmoe.specs.workload import Arrivals, Lengths, Prompts, Workload
 
 SMALL = Deployment(gpus=1, tp=1, max_num_seqs=8, max_num_batched_tokens=64)
 TABLE = make_table(64, 8)
@@ -53,7 +53,14 @@ def loops(draw, most_in=40, most_out=50):
             st.builds(dict, concurrency=st.integers(1, 20), think_time=st.sampled_from([0.0, 0.05])),
         )
     )
-    return Workload(input=draw(lengths(most_in)), output=draw(lengths(most_out)), **load)
+    prompts = draw(
+        st.none()
+        | st.builds(
+            Prompts, distinct=st.integers(2, 9), order=st.just("random"), groups=st.integers(1, 2),
+            shared_tokens=st.integers(0, 30),
+        )
+    )  # fmt: skip
+    return Workload(input=draw(lengths(most_in)), output=draw(lengths(most_out)), prompts=prompts, **load)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -120,7 +120,7 @@ def test_blocks_are_conserved_in_both_tiers(blocks, host, swap, prompts):
         scheduler.complete(steps, 0)
         tier = scheduler.host
         assert 0 <= scheduler.pool.free <= scheduler.pool.total
-        assert tier.used == sum(node.host for node in scheduler.prefixes._nodes.values())
+        assert tier.used == sum(run.blocks for node in scheduler.prefixes._nodes.values() for run in node.away)
         assert tier.swapped == sum(-(-r.swapped // 16) for r in scheduler.waiting)
         assert 0 <= tier.used + tier.swapped <= tier.total
     assert scheduler.pool.free == scheduler.pool.total

@@ -68,13 +68,13 @@ def tokens_of(segments: tuple[tuple[int, int], ...]) -> list[int]:
 def test_tree_of_segments_finds_what_explicit_blocks_find(total: int, plan: list[tuple[int, int, int, bool]]) -> None:
     pool, twin = BlockPool(total * BLOCK, BLOCK), Blocks(total)
     cache = PrefixCache(pool)
-    live: list[tuple[list, int, int, list[int]]] = []
+    live: list[tuple[list, list, int, list[int]]] = []
     for group, question, answer, finish_first in plan:
         if finish_first and live:
-            path, held, shared, blocks = live.pop(0)
-            cache.release(path, held - shared)
+            path, held, whole, blocks = live.pop(0)
+            cache.release(path, held, whole)
             twin.release(blocks)
-        segments = ((-1 - group, 6), (question, 5 + 4 * question))  # never a whole number of blocks
+        segments = ((-1 - group, 6), (question, 2 + 3 * question))
         tokens = tokens_of(segments)
         path = cache.path(segments)
         hit, _, idle = cache.found(path, len(tokens))
@@ -83,20 +83,20 @@ def test_tree_of_segments_finds_what_explicit_blocks_find(total: int, plan: list
         whole = -(-(len(tokens) + answer) // BLOCK)
         if whole - hit + idle > pool.free:
             continue
-        cache.hold(path)
+        held = cache.hold(path, hit)
         pool.take(whole - hit)
-        shared = hit + cache.publish(path, len(tokens))
         for block in explicit:
             twin.use(block)
         blocks = explicit + [twin.new() for _ in range(whole - hit)]
+        cache.publish(path, len(tokens), held)
         for i in range(len(tokens) // BLOCK):
             key = tuple(tokens[: (i + 1) * BLOCK])
             if key not in twin.block_of:
                 twin.block_of[key], twin.hash_of[blocks[i]] = blocks[i], key
-        live.append((path, whole, shared, blocks))
+        live.append((path, held, whole, blocks))
         assert pool.free == len(twin.free)
-    for path, held, shared, _ in live:
-        cache.release(path, held - shared)
+    for path, held, whole, _ in live:
+        cache.release(path, held, whole)
     assert pool.free == pool.total
 
 

@@ -87,24 +87,16 @@ def scenarios(draw):
 
 @st.composite
 def repeated_prompts(draw):
-    """Prompts that come again, never a whole number of blocks long: the last block would be found but computed.
-
-    Under shortage one at a time on a rank: the cache holds a segment as a whole for whoever uses a part of it.
-    """
+    """Prompts that come again, whole or their heads, with room for all of them or for a few."""
     deployment, workload, kv_tokens = draw(scenarios())
-    if draw(st.booleans()):
-        kv_tokens = 8000 * deployment.dp
-    else:
-        deployment = deployment.vary(max_num_seqs=1)
-    block = draw(st.sampled_from([4, 16]))
-    prompt = block * draw(st.integers(0, 60 // block)) + draw(st.integers(1, block - 1))
+    kv_tokens = draw(st.sampled_from([kv_tokens, kv_tokens, 8000 * deployment.dp]))
     prompts = Prompts(
         distinct=(distinct := draw(st.integers(1, 12))),
         order=draw(st.sampled_from(["round_robin", "random"])),
         groups=draw(st.integers(1, distinct)),
         shared_tokens=draw(st.integers(0, 70)),
     )
-    return deployment.vary(kv_block_size=block), workload.vary(input=Lengths(mean=prompt), prompts=prompts), kv_tokens
+    return deployment, workload.vary(prompts=prompts), kv_tokens
 
 
 tiers = st.builds(
@@ -153,6 +145,7 @@ def test_fast_forward_equals_stepping_one_at_a_time(scenario, tier, seed, router
     ):
         assert column.tolist() == [t * TICK for t in expected]
     assert result.loaded_tokens == loaded
+    assert result.found_tokens == sum(j.found for j in twins)
     assert served.preemptions.tolist() == [j.preemptions for j in twins]
     log = result.steps
     assert (log.decodes * log.steps + log.sampled).sum() == pytest.approx(sum(j.output for j in twins), rel=1e-9)

@@ -13,24 +13,19 @@ explicit blocks, tests/test_host_memory.py.
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Protocol
 
-
-class Kept(Protocol):
-    """A part of a prompt whose last ``host`` blocks are in host memory."""
-
-    host: int
+from simmoe.sim.segments import Node, Run, add
 
 
 class HostMemory:
-    """Blocks by who owns them, least recently moved here first.
+    """Blocks of prompts, least recently moved here first, and a count of others.
 
     Parameters
     ----------
     total : blocks it holds.
     """
 
-    __slots__ = ("_owners", "swapped", "total", "used")
+    __slots__ = ("_runs", "swapped", "total", "used")
 
     def __init__(self, total: int) -> None:
         self.total = total
@@ -38,25 +33,40 @@ class HostMemory:
         """Blocks of prompts."""
         self.swapped = 0
         """Blocks of preempted requests."""
-        self._owners: OrderedDict[Kept, None] = OrderedDict()
+        self._runs: OrderedDict[Run, None] = OrderedDict()
 
-    def put(self, owner: Kept, blocks: int) -> list[Kept]:
-        """Take ``blocks`` the device let go of; return owners that have none left to make room."""
-        owner.host += blocks
-        self.used += blocks
-        self._owners[owner] = None
-        self._owners.move_to_end(owner)
+    def put(self, node: Node, start: int, stop: int) -> list[Node]:
+        """Take blocks the device let go of, the last first; return segments that lost some to make room."""
+        newest = next(reversed(self._runs), None)
+        if newest is not None and newest.node is node and newest.start == stop:
+            newest.start = start
+        else:
+            run = Run(node, start, stop)
+            self._runs[run] = None
+            add(node.away, run)
+        self.used += stop - start
         return self._shrink()
 
-    def give(self, owner: Kept, blocks: int) -> None:
-        """Blocks go back to the device, or are there again."""
-        owner.host -= blocks
-        self.used -= blocks
-        if not owner.host:
-            del self._owners[owner]
+    def give(self, node: Node, start: int, stop: int) -> None:
+        """Blocks ``start`` to ``stop`` of a segment are on the device again; those that are here go.
 
-    def swap_out(self, blocks: int) -> tuple[bool, list[Kept]]:
-        """Whether ``blocks`` of a preempted request fit beside the others'; prompts make way and are returned."""
+        No run here begins before ``start`` and reaches it: what is before is on the device, or was looked up as well.
+        """
+        kept = []
+        for run in node.away:
+            if run.stop <= start or run.start >= stop:
+                kept.append(run)
+                continue
+            self.used -= min(run.stop, stop) - run.start
+            if run.stop > stop:
+                run.start = stop
+                kept.append(run)
+            else:
+                del self._runs[run]
+        node.away = kept
+
+    def swap_out(self, blocks: int) -> tuple[bool, list[Node]]:
+        """Whether ``blocks`` of a preempted request fit beside the others'; segments that made way are returned."""
         if self.swapped + blocks > self.total:
             return False, []
         self.swapped += blocks
@@ -66,12 +76,16 @@ class HostMemory:
         """A preempted request is back, or gone."""
         self.swapped -= blocks
 
-    def _shrink(self) -> list[Kept]:
-        gone = []
+    def _shrink(self) -> list[Node]:
+        lessened = []
         while (over := self.used + self.swapped - self.total) > 0:
-            owner = next(iter(self._owners))
-            lost = min(over, owner.host)
-            self.give(owner, lost)
-            if not owner.host:
-                gone.append(owner)
-        return gone
+            run = next(iter(self._runs))
+            assert run.node is not None
+            lost = min(over, run.blocks)
+            run.stop -= lost
+            self.used -= lost
+            if not run.blocks:
+                del self._runs[run]
+                run.node.away.remove(run)
+            lessened.append(run.node)
+        return lessened

@@ -47,6 +47,8 @@ def vllm(s: Scheduler, now: int) -> bool:
         return False
     waiting = s.waiting
     seats = s.max_num_seqs - len(s.running)
+    if waiting and s.prefixes is not None:
+        s.prefixes.promised = need
     while waiting and seats and budget:
         cached, hit, idle = s.found(waiting[0])
         new = min(waiting[0].target - cached, budget)
@@ -76,6 +78,8 @@ def no_evict(s: Scheduler, now: int) -> bool:
         pool.take(pool.blocks_of(cached + new) - pool.blocks_of(cached))
         budget -= new
         s.chunks.append((partial, new, cached))
+    if s.waiting and s.prefixes is not None:
+        s.prefixes.promised = pool.need(s.step)
     while s.waiting and budget and len(s.running) < s.max_num_seqs:
         head = s.waiting[0]
         reserved += s.most_blocks(head)

@@ -20,7 +20,7 @@ from heapq import heappop, heappush
 from simmoe.costs.kv_offload import HostTier
 from simmoe.sim.host_memory import HostMemory
 from simmoe.sim.kv_cache import BlockPool
-from simmoe.sim.prefix_cache import Node, PrefixCache
+from simmoe.sim.prefix_cache import Held, Path, PrefixCache
 from simmoe.specs.traces import Segments
 
 NEVER = sys.maxsize
@@ -36,6 +36,7 @@ class Request:
         "finish_step",
         "first_token",
         "generated",
+        "held",
         "index",
         "input_tokens",
         "joined",
@@ -45,7 +46,6 @@ class Request:
         "path",
         "preemptions",
         "prompt",
-        "shared",
         "swapped",
         "target",
     )
@@ -72,10 +72,10 @@ class Request:
         self.preemptions = 0
         self.prompt = prompt
         """What the prompt is made of, see `arrivals.shapes`; () is a prompt like no other."""
-        self.path: list[Node] = []
+        self.path: Path = []
         """The prompt in the prefix cache, once looked up."""
-        self.shared = 0
-        """Blocks of it that the prefix cache owns."""
+        self.held: Held = []
+        """Blocks of it there that this request holds."""
         self.loaded = 0
         """Tokens whose keys and values come with it, computed elsewhere."""
         self.swapped = 0
@@ -239,13 +239,13 @@ class Scheduler:
 
         The last are among the blocks on the device, but count as free until it holds them.
         """
+        if self.prefixes is None or not request.prompt:
+            return request.loaded or request.swapped, 0, 0
+        request.path = self.prefixes.path(request.prompt)  # anew: what it met before may have been let go of since
         if request.loaded:
             return request.loaded, 0, 0
-        if self.prefixes is None or not request.prompt:
-            return request.swapped, 0, 0
-        request.path = self.prefixes.path(request.prompt)  # anew: what it met before may have been let go of since
         hit, away, idle = self.prefixes.found(request.path, request.target)
-        return request.swapped or (hit + away) * self.pool.block_tokens, hit, idle
+        return max(request.swapped, (hit + away) * self.pool.block_tokens), hit, idle
 
     def admit(self, new: int, blocks: int, now: int, cached: int = 0, hit: int = 0) -> None:
         """Take the head of the queue into the next step with a chunk of ``new`` tokens after ``cached`` ones.
@@ -254,10 +254,9 @@ class Scheduler:
         """
         request = self.waiting.popleft()
         if self.prefixes is not None and request.path:
-            away = 0 if request.swapped else cached // self.pool.block_tokens - hit
-            self.prefixes.hold(request.path, away)
-            request.shared = hit + away
-            self.prefixes.hit_tokens += request.shared * self.pool.block_tokens
+            away = 0 if request.loaded or cached == request.swapped else cached // self.pool.block_tokens - hit
+            request.held = self.prefixes.hold(request.path, hit, away)
+            self.prefixes.hit_tokens += (hit + away) * self.pool.block_tokens
         if self.host is not None and not request.loaded:
             self.loading += cached - hit * self.pool.block_tokens
             if request.swapped:
@@ -296,8 +295,10 @@ class Scheduler:
     def _free(self, request: Request, blocks: int) -> None:
         """Give back ``blocks``; what others can find of them stays in the cache."""
         if self.prefixes is not None and request.path:
-            self.prefixes.release(request.path, blocks - request.shared)
-            request.shared = 0
+            self.prefixes.release(request.path, request.held, blocks)
+            request.path, request.held = [], []
+        elif self.prefixes is not None and self.prefixes.idle:
+            self.prefixes.free(blocks)
         else:
             self.pool.give_back(blocks)
 
@@ -317,7 +318,7 @@ class Scheduler:
             request.loaded = request.swapped = 0
         left = [*self.running, *self.waiting]
         for request in left:
-            request.path, request.shared = [], 0
+            request.path, request.held = [], []
         if self.host is not None:
             self.host = HostMemory(self.host.total)
         if self.prefixes is not None:
@@ -346,6 +347,8 @@ class Scheduler:
             pool = self.pool
             grown = pool.need(self.step, steps)
             pool.take(grown)
+            if self.prefixes is not None:
+                self.prefixes.promised = 0
             self.blocks_held = pool.total - pool.free - grown / 2
             self.context += decoding * steps * self.stride
         else:
@@ -363,7 +366,7 @@ class Scheduler:
         for request, new, cached in self.chunks:
             request.cached = cached + new
             if self.prefixes is not None and request.path:
-                request.shared += self.prefixes.publish(request.path, min(request.cached, request.input_tokens))
+                self.prefixes.publish(request.path, min(request.cached, request.input_tokens), request.held)
             if request.cached < request.target:
                 self.partial = request
             else:

@@ -40,6 +40,7 @@ class Job:
     preemptions: int = 0
     decoding: bool = False  # has sampled a token since it was (re)admitted; else its step is a prompt chunk
     swapped: int = 0  # tokens in host memory since a preemption
+    found: int = 0  # tokens of prompts found, in all
 
     @property
     def known(self) -> int:
@@ -125,7 +126,7 @@ class Rank:
     def cached(self, job, here, there):
         if job.moved:
             return job.computed
-        return job.swapped or (len(here) + len(there)) * self.block
+        return max(job.swapped, (len(here) + len(there)) * self.block)
 
     def preempt(self):
         job = self.running.pop()
@@ -163,7 +164,9 @@ class Rank:
             self.loading += cached - len(here) * self.block
         if job.swapped:
             self.swapped -= -(-job.swapped // self.block)
+        if job.moved or cached == job.swapped:
             there = []
+        job.found += (len(here) + len(there)) * self.block
         for key in there:
             del self.host[key]
         job.blocks = list(here)
