@@ -1,6 +1,7 @@
 """Specifications: loading by path and name, one-line errors, shipped hardware."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -144,6 +145,27 @@ def test_contradictions_are_told_as_the_spec_tells_them(tmp_path):
 def test_specs_in_code_take_plain_si_numbers():
     workload = Workload.model_validate({"rate": 8, "input": {"mean": 1}, "output": {"mean": 1}})
     assert workload.rate == 8.0
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflop_per_s", "gib", "gb_per_s", "pod", "bisection_tb_per_s"),
+    [  # as the vendor's documentation of the system architecture prints them
+        ("tpu-v3", 123, 32, 900, 1024, 6.4),
+        ("tpu-v4", 275, 32, 1200, 4096, 24),
+        ("tpu-v5e", 197, 16, 819, 256, 1.6),
+        ("tpu-v5p", 459, 95, 2765, 8960, None),
+    ],
+)
+def test_tpu_pods_are_those_of_their_documentation(name, teraflop_per_s, gib, gb_per_s, pod, bisection_tb_per_s):
+    hardware = load_hardware(name)
+    device, torus = hardware.device, hardware.fabric.torus
+    assert device.flop_per_s("bfloat16") == teraflop_per_s * 1e12
+    assert device.memory == gib * 2**30
+    assert device.memory_bandwidth == gb_per_s * 1e9
+    assert math.prod(torus) == hardware.devices_per_node == pod
+    if bisection_tb_per_s is not None:  # two links of every ring across the longest side; v3's file says what disagrees
+        cut = 2 * pod / max(torus) * hardware.scale_up.bandwidth
+        assert cut == pytest.approx(bisection_tb_per_s * 1e12, rel=0.2)
 
 
 @pytest.mark.parametrize("name", list(hardware_names()))
