@@ -93,6 +93,27 @@ def test_on_one_node_the_network_does_not_matter(n, p):
     )
 
 
+@pytest.mark.parametrize(("name", "pod_bytes_per_s"), [("tpu-v3", 340e12), ("tpu-v4", 1.1e15)])
+def test_a_whole_torus_reduces_at_the_rate_its_vendor_prints(name, pod_bytes_per_s):
+    """The documentation's all-reduce bandwidth of a pod is the sum of its links: 2 n (p - 1) bytes go over them."""
+    pod = load_hardware(name)
+    n, p = 1e12, pod.devices_per_node
+    seconds = float(collectives.torus_all_reduce_s(n, p, pod))
+    assert 2 * n * (p - 1) / seconds == pytest.approx(pod_bytes_per_s, rel=0.13)
+
+
+def test_an_all_reduce_takes_the_links_of_its_block_of_the_torus():
+    v5e = load_hardware("tpu-v5e")
+    link = v5e.scale_up
+    # 2 x 4 of 16 x 16: no ring closes, a link for either axis; 16 x 16: both close, four links; hops 3 and 16
+    for ranks, links, hops in ((8, 2, 3), (256, 4, 16)):
+        expected = 2 * (hops * link.latency + (ranks - 1) / ranks * 1e6 / (links * link.bandwidth))
+        assert collectives.torus_all_reduce_s(1e6, ranks, v5e) == pytest.approx(expected)
+        assert timed(allreduce.OPERATOR, allreduce.features_of(1e6, ranks), v5e) == pytest.approx(expected)
+    beyond = collectives.torus_all_reduce_s(1e6, 512, v5e) - collectives.torus_all_reduce_s(1e6, 256, v5e)
+    assert beyond == pytest.approx(2 * (v5e.scale_out.latency + 1e6 / 256 / 2 / v5e.scale_out.bandwidth))
+
+
 def test_several_nodes_pay_for_the_network_and_need_one():
     assert collectives.all_reduce_s(1e6, 16, H100) > collectives.all_reduce_s(1e6, 8, H100)
     # 16 ranks on 2 nodes: ring of 2 over n/8 bytes each

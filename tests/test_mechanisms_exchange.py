@@ -111,6 +111,15 @@ def test_a_pod_of_256_chips_takes_forty_microseconds_a_megabyte():
     assert float(exchange.exchange_s("flat", 1e6, 256, tpu.vary(scale_up=link))) == pytest.approx(40e-6)
 
 
+def test_what_leaves_a_torus_takes_the_network_beside_it():
+    v5e = load_hardware("tpu-v5e")
+    inside, across = (float(exchange.exchange_s("flat", 1e9, ranks, v5e)) for ranks in (256, 512))
+    assert across == pytest.approx(0.5e9 / v5e.scale_out.bandwidth, rel=0.02)
+    assert across > 4 * inside
+    with pytest.raises(CoverageError, match="scale_out"):
+        exchange.exchange_s("flat", 1e6, 8192, load_hardware("tpu-v4"))
+
+
 def test_an_oversubscribed_tree_and_colliding_paths_slow_what_crosses_nodes_alone():
     thin = H100.vary(fabric=Fabric(oversubscription=2.0, path_collisions=1.5))
     for algorithm, factor in (("flat", 3.0), ("hierarchical", 2.0)):

@@ -3,12 +3,15 @@
 Model: alpha-beta (Hockney, Parallel Computing 20, 1994): a latency per message plus bytes over bandwidth per
 direction; step counts as in Thakur, Rabenseifner and Gropp, "Optimization of Collective Communication Operations in
 MPICH", IJHPCA 19(1), 2005, sections 3-5. Ranks fill nodes in order; a group larger than a node runs inside the nodes
-and between them in turn (hierarchical). Left out: contention between collectives, stragglers, in-switch reduction.
+and between them in turn (hierarchical). On a torus every ring of the block that the ranks take carries its share both
+ways (J. Austin et al., "How to Scale Your Model", chapter on sharding). Left out: contention between collectives, stragglers, in-switch reduction.
 Used as they are where nothing was measured; `simmoe.costs.operators.allreduce` and its neighbours fit what was.
 One rank sends nothing: 0.0.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -76,6 +79,37 @@ def all_reduce_s(message_bytes: ArrayLike, ranks: ArrayLike, hardware: Hardware)
         ring_all_reduce_s(n, local, link),
     )
     return inside + between_nodes_all_reduce_s(n, p, hardware)
+
+
+def torus_all_reduce_s(message_bytes: ArrayLike, ranks: ArrayLike, hardware: Hardware) -> Array:
+    """2 n (p-1)/p bytes over all links of a block of the torus, two an axis whose ring closes, one where not. [s]
+
+    Ranks beyond the torus go on between tori as between nodes.
+    """
+    n, p = _columns(message_bytes, ranks)
+    assert hardware.fabric is not None
+    whole, link = hardware.fabric.torus, hardware.scale_up
+    held = np.minimum(p, math.prod(whole))
+    blocks = {int(size): sub_torus(whole, int(size)) for size in np.unique(held)}
+    links = {
+        size: sum(2 if side == full else 1 for side, full in zip(block, whole, strict=True) if side > 1)
+        for size, block in blocks.items()
+    }
+    rate = np.vectorize(lambda size: max(links[int(size)], 1) * link.bandwidth, otypes=[float])(held)
+    hops = np.vectorize(lambda size: sum(side // 2 for side in blocks[int(size)]), otypes=[float])(held)
+    inside = 2.0 * (hops * link.latency + (held - 1.0) / held * n / rate)
+    return _none_alone(p, inside) + between_nodes_all_reduce_s(n, p, hardware)
+
+
+def sub_torus(whole: tuple[int, ...], ranks: int) -> tuple[int, ...]:
+    """Sides of the most cubic block of about ``ranks`` nodes inside the torus: sides halved, longest first."""
+    sides = list(whole)
+    while math.prod(sides) > ranks:
+        longest = max(range(len(sides)), key=lambda axis: sides[axis])
+        if sides[longest] == 1:
+            break
+        sides[longest] = -(-sides[longest] // 2)
+    return tuple(sides)
 
 
 def between_nodes_all_reduce_s(message_bytes: ArrayLike, ranks: ArrayLike, hardware: Hardware) -> Array:

@@ -18,6 +18,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from simmoe.costs import collectives
 from simmoe.errors import CoverageError
 from simmoe.specs.hardware import Hardware
 
@@ -56,7 +57,7 @@ def exchange_s(
     if ranks <= 1:
         return np.zeros_like(n)
     if hardware.fabric is not None and hardware.fabric.torus:
-        return torus_all_to_all_s(n, ranks, hardware)
+        return _over_tori(n, ranks, hardware)
     match algorithm:
         case "flat":
             return _flat(n, ranks, hardware)
@@ -87,6 +88,18 @@ def _flat(n: Array, ranks: int, hardware: Hardware) -> Array:
     peers = ranks - local
     outside = _network(n / ranks, hardware, spread=True) * peers + peers * MESSAGE_GAP_S + _latency(hardware)
     return np.maximum(inside, outside)
+
+
+def _over_tori(n: Array, ranks: int, hardware: Hardware) -> Array:
+    """A torus for as many ranks as it holds; what goes to other tori takes the network beside it, flat. [s]"""
+    assert hardware.fabric is not None
+    tori = math.ceil(ranks / math.prod(hardware.fabric.torus))
+    if tori == 1:
+        return torus_all_to_all_s(n, ranks, hardware)
+    local = math.ceil(ranks / tori)
+    peers = ranks - local
+    outside = _network(n / ranks, hardware, spread=True) * peers + peers * MESSAGE_GAP_S + _latency(hardware)
+    return np.maximum(torus_all_to_all_s(n * local / ranks, local, hardware), outside)
 
 
 def _staged(n: Array, ranks: int, hardware: Hardware) -> Array:
@@ -149,24 +162,13 @@ def torus_all_to_all_s(bytes_per_rank: ArrayLike, ranks: int, hardware: Hardware
     if fabric is None or not fabric.torus:
         raise CoverageError(f"{hardware.name}: no torus is described under fabric")
     n = np.asarray(bytes_per_rank, dtype=np.float64)
-    shape = _sub_torus(fabric.torus, ranks)
+    shape = collectives.sub_torus(fabric.torus, ranks)
     longest = max(
         size * (1.0 if size == whole else 2.0) for size, whole in zip(shape, fabric.torus, strict=True) if size > 1
     )
     hops = sum(size // 2 for size in shape)
     link = hardware.scale_up
     return hops * link.latency + longest * n / (8.0 * link.bandwidth)
-
-
-def _sub_torus(whole: tuple[int, ...], ranks: int) -> tuple[int, ...]:
-    """Sides of the most cubic block of about ``ranks`` nodes inside the torus: sides halved, longest first."""
-    sides = list(whole)
-    while math.prod(sides) > ranks:
-        longest = max(range(len(sides)), key=lambda axis: sides[axis])
-        if sides[longest] == 1:
-            break
-        sides[longest] = -(-sides[longest] // 2)
-    return tuple(sides)
 
 
 def incast_factor(received: ArrayLike) -> float:

@@ -4,7 +4,8 @@ Model: three algorithms. One-shot: every rank reads all peers, alpha + (p-1) n b
 all-gather, one more synchronisation and 2 n (p-1)/p bytes. The engine takes the better of the two, and NCCL beyond
 a hand-over size. Latencies and efficiencies follow power laws in the ranks, pinned by the 2 and 8 ranks measured; 4
 is interpolated. Without a CUDA graph the host's launch is a floor and the copies around the kernel cost a share.
-Between nodes a ring over the network follows, from the data sheet alone. Left out: contention with compute.
+Between nodes a ring over the network follows, and on a torus all there is, from the data sheet alone. Left out:
+contention with compute.
 Compared with: profiles/*/allreduce_*.
 """
 
@@ -65,6 +66,8 @@ def rank_law(ratio: float, ranks: Array) -> Array:
 def seconds(features: Features, parameters: Parameters, hardware: Hardware, cold: bool) -> Array:  # noqa: ARG001
     """Predicted time; one rank: 0. [s]"""
     n, ranks = features["message_bytes"], features["ranks"]
+    if hardware.fabric is not None and hardware.fabric.torus:
+        return collectives.torus_all_reduce_s(n, ranks, hardware)
     p = np.minimum(ranks, hardware.devices_per_node)
     bandwidth = hardware.scale_up.bandwidth
     own = bandwidth * rank_law(parameters["own_growth"], p)
