@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from simmoe import quality
 from simmoe.errors import CapacityError, SaturationError, SimmoeError, SpecError
 from simmoe.metrics import ServingMetrics
+from simmoe.planning.alternatives import Alternative
+from simmoe.planning.alternatives import compare as alternatives
 from simmoe.planning.frontier import Frontier, frontier, policies
 from simmoe.planning.objective import Limit, limits_from
 from simmoe.planning.offers import Offer, offers_from
@@ -35,11 +37,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = [
-    "CapacityError", "Change", "Deployment", "Frontier", "Grid", "Hardware", "Lengths", "Limit", "Model", "Offer",
-    "Option", "Plan", "Prediction", "Question", "SaturationError", "Scenario", "ServingMetrics", "SimmoeError",
-    "Simulated", "SpecError", "Workload", "changes", "frame", "frontier", "hardware_names", "limits_from",
-    "load_hardware", "load_model", "model_names", "offers_from", "plan", "plot_frontier", "plot_throughput",
-    "policies", "predict", "predict_caps", "quality", "question", "run_scenario", "simulate", "sweep",
+    "Alternative", "CapacityError", "Change", "Deployment", "Frontier", "Grid", "Hardware", "Lengths", "Limit",
+    "Model", "Offer", "Option", "Plan", "Prediction", "Question", "SaturationError", "Scenario", "ServingMetrics",
+    "SimmoeError", "Simulated", "SpecError", "Workload", "alternatives", "changes", "frame", "frontier",
+    "hardware_names", "limits_from", "load_hardware", "load_model", "model_names", "offers_from", "plan",
+    "plot_frontier", "plot_throughput", "policies", "predict", "predict_caps", "quality", "question", "run_scenario",
+    "simulate", "sweep",
 ]  # fmt: skip
 
 

@@ -1,16 +1,21 @@
 """Alternatives to a MoE: sizes by count, and what follows for speed."""
 
-import pytest
+import json
 
+import pytest
+from typer.testing import CliRunner
+
+from simmoe.cli.main import app
 from simmoe.costs.work import parameters
 from simmoe.errors import SaturationError, SpecError
 from simmoe.planning.alternatives import compare, split_service
+from simmoe.predict import predict
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.variants import dense_equivalent, task_submodel
 from simmoe.specs.workload import Lengths, Workload
 
-H100 = load_hardware("h100")
+H100, H200 = load_hardware("h100"), load_hardware("h200")
 QWEN = load_model("qwen3-30b-a3b")
 
 
@@ -43,6 +48,50 @@ def test_what_does_not_fit_is_placed_on_the_fewest_devices_that_hold_it():
     assert found["dense, equal total"].prediction is not None
     (alone,) = (a for a in compare(H100, load_model("mixtral-8x22b"), Deployment(gpus=1), traffic(concurrency=8))[:1])
     assert alone.why.startswith("on 4 devices")
+
+
+def test_alternatives_are_not_held_to_a_layout_that_only_suits_the_moe():
+    """A dense model of 37 B over two nodes' tensor parallelism is a straw man; replicas of one H200 each hold it."""
+    wide = Deployment(gpus=16, tp=1, dp=16, ep=16, engine="sglang")
+    found = {a.name: a for a in compare(H200, load_model("deepseek-v3"), wide, traffic(concurrency=256))}
+    dense = found["dense, equal active"].prediction
+    assert dense.deployment.tp_size <= 8
+    assert dense.deployment.gpus == 16
+    for tp in (2, 8, 16):
+        other = predict(H200, dense.model, dense.deployment.vary(tp=tp), traffic(concurrency=256)).metrics
+        assert dense.metrics.output_tokens_per_s >= 0.995 * other.output_tokens_per_s
+
+
+def test_a_distilled_model_takes_the_interactive_part_in_one_call(tmp_path):
+    small = load_model("qwen3-8b")
+    *_, first, second = compare(H100, QWEN, Deployment(gpus=4, tp=1), traffic(rate=10.0), small, 0.3)
+    assert first.prediction.workload.rate == pytest.approx(3.0)
+    assert second.prediction.workload.rate == pytest.approx(7.0)
+    assert first.prediction.deployment.gpus + second.prediction.deployment.gpus <= 4
+    assert first.prediction.metrics.tpot.p50 < second.prediction.metrics.tpot.p50
+    assert (first.prediction.model.name, second.prediction.model.name) == (small.name, QWEN.name)
+    (refused,) = (
+        a for a in compare(H100, QWEN, Deployment(gpus=2), traffic(rate=10.0), small, 0.3) if not a.prediction
+    )
+    assert "2 to a replica" in refused.why
+    for share, asked, distilled in (
+        (0.3, {"rate": 1.0}, None),
+        (0.3, {"concurrency": 4}, small),
+        (1.5, {"rate": 1.0}, small),
+    ):
+        with pytest.raises(SpecError, match="share of the requests"):
+            compare(H100, QWEN, Deployment(gpus=4), traffic(**asked), distilled, share)
+
+
+def test_the_command_compares_in_one_call():
+    words = (
+        "alternatives h100 --model qwen3-30b-a3b --gpus 4 --tp 1 --small qwen3-8b --rate 10 --interactive 0.3 --json"
+    )
+    result = CliRunner().invoke(app, words.split())
+    rows = {row["name"]: row for row in json.loads(result.stdout)}
+    assert len(rows) == 8
+    assert rows["dense, equal total"]["tpot_p50_s"] > rows["dense, equal active"]["tpot_p50_s"]
+    assert rows["Qwen3-8B for 30% of them,"]["gpus"] < 4
 
 
 def test_a_task_needs_at_least_the_experts_of_a_token():

@@ -95,24 +95,42 @@ def alternatives(
     hardware: options.Hardware,
     model: options.Model = "deepseek-v2-lite",
     gpus: options.Gpus = None,
+    tp: options.Tp = None,
+    ep: options.Ep = None,
+    dp: options.Dp = None,
     small: Annotated[str | None, typer.Option(help="A smaller model to compare with, e.g. a distilled one.")] = None,
+    interactive: Annotated[
+        float | None, typer.Option(help="Share of the requests that --small takes beside the MoE, e.g. 0.3.")
+    ] = None,
     rate: options.Rate = None,
     concurrency: options.Concurrency = None,
+    input_tokens: options.Input = None,
+    output_tokens: options.Output = None,
+    engine: options.Engine = None,
+    precision: options.Precision = None,
     deployment: options.Deployment = None,
     workload: options.Workload = None,
     json: options.Json = False,
 ) -> None:
-    """Compare a MoE with dense models of equal size, one task's experts and a smaller model.
+    """Compare a MoE with dense models of equal size, one task's experts, requests one by one and a smaller model.
 
-    Example: `simmoe alternatives h100 --model mixtral-8x7b --gpus 2 --small llama-3.1-8b`
+    For example:
+
+    `simmoe alternatives h100 --model mixtral-8x7b --gpus 2 --small llama-3.1-8b`
+
+    `simmoe alternatives h100 --model qwen3-30b-a3b --gpus 4 --tp 1 --small qwen3-8b --rate 10 --interactive 0.3`
     """
     from simmoe.planning import alternatives as others  # noqa: PLC0415
     from simmoe.specs import flags, load  # noqa: PLC0415
 
-    traffic = flags.workload_from(workload, rate=rate, concurrency=concurrency, input_tokens=None, output_tokens=None)
-    layout = flags.deployment_from(deployment, gpus=gpus)
+    traffic = flags.workload_from(
+        workload, rate=rate, concurrency=concurrency, input_tokens=input_tokens, output_tokens=output_tokens
+    )
+    layout = flags.deployment_from(
+        deployment, gpus=gpus, tp=tp, ep=ep, dp=dp, engine=engine, weight_precision=precision
+    )
     smaller = load.load_model(small) if small else None
-    found = others.compare(load.load_hardware(hardware), load.load_model(model), layout, traffic, smaller)
+    found = others.compare(load.load_hardware(hardware), load.load_model(model), layout, traffic, smaller, interactive)
     if json:
         show_json(others.to_json(found))
     else:

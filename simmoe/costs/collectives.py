@@ -4,7 +4,8 @@ Model: alpha-beta (Hockney, Parallel Computing 20, 1994): a latency per message 
 direction; step counts as in Thakur, Rabenseifner and Gropp, "Optimization of Collective Communication Operations in
 MPICH", IJHPCA 19(1), 2005, sections 3-5. Ranks fill nodes in order; a group larger than a node runs inside the nodes
 and between them in turn (hierarchical). On a torus every ring of the block that the ranks take carries its share both
-ways (J. Austin et al., "How to Scale Your Model", chapter on sharding). Left out: contention between collectives, stragglers, in-switch reduction.
+ways (J. Austin et al., "How to Scale Your Model", chapter on sharding). Left out: contention between collectives,
+stragglers, in-switch reduction.
 Used as they are where nothing was measured; `simmoe.costs.operators.allreduce` and its neighbours fit what was.
 One rank sends nothing: 0.0.
 """
