@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -16,10 +17,11 @@ from simmoe.errors import SpecError
 from simmoe.sim.arrivals import Streams
 from simmoe.sim.cluster import simulate
 from simmoe.sim.disaggregated import Handover, Transfer, transfer_of
+from simmoe.sim.policies import POLICIES
 from simmoe.sim.pool import PoolSetup
-from simmoe.sim.routers import router_named
+from simmoe.sim.routers import ROUTERS, router_named
 from simmoe.sim.scheduler import Request
-from simmoe.specs.cluster import Autoscaling, Cluster, Disaggregation, Failures
+from simmoe.specs.cluster import Autoscaling, Cluster, Disaggregation, Failures, PolicyName, RouterName
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.hardware import Link
 from simmoe.specs.load import load_hardware, load_model
@@ -223,6 +225,11 @@ def test_thinking_clients_are_the_machine_repair_queue():
     error = np.std(runs, ddof=1) / np.sqrt(len(runs))
     assert np.mean(runs) == pytest.approx(expected, abs=4 * error)
     assert error < 0.02 * expected
+
+
+def test_a_scenario_names_the_routers_and_policies_there_are():
+    assert get_args(RouterName) == tuple(ROUTERS)
+    assert get_args(PolicyName) == tuple(POLICIES)
 
 
 def test_prompts_go_where_their_head_was_sent_unless_that_rank_is_swamped():

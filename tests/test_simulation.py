@@ -91,7 +91,21 @@ def test_people_see_rates_latencies_and_saturation(tmp_path):
         (SCENARIO + "wrokload: 3\n", "unknown key; did you mean 'workload'"),
         (SCENARIO.replace("8 request/s", "8"), 'workload.rate: 8 has no unit; write e.g. "8 request/s"'),
         (SCENARIO.replace("requests: 200", "requets: 200"), "run.requets: unknown key; did you mean 'requests'"),
-        (SCENARIO + "cluster: {router: dice}\n", "router 'dice' is unknown; known: least_outstanding"),
+        (
+            SCENARIO + "cluster: {router: dice}\n",
+            "cluster.router: 'dice' will not do: it should be 'round_robin', 'least_outstanding'",
+        ),
+        (SCENARIO + "cluster: 3\n", "cluster: 3 will not do: it should be a mapping of keys to values"),
+        (
+            SCENARIO.replace("rate: 8 request/s,", "rate: 8 request/s, concurrency: 3,"),
+            ".yaml: workload: give exactly one",
+        ),
+        (
+            SCENARIO.replace("seed: 3", "warmup: some"),
+            "run.warmup: 'some' is neither a share of the requests, e.g. 0.1, nor",
+        ),
+        (SCENARIO.replace("{mean: 512}", "{file: gone.txt}"), "gone.txt: no list of token counts can be read there"),
+        (SCENARIO + "deployment: {kv_blocks: 3}\n", "kv_blocks 3 of 16 tokens hold 48 where 544 are asked for; raise"),
         (SCENARIO.replace("h100", "h1o0"), "did you mean"),
         (SCENARIO.replace("input: {mean: 512}", "trace: gone.csv"), "gone.csv: no such trace file"),
     ],

@@ -10,7 +10,7 @@ from simmoe.errors import SpecError
 from simmoe.sim.arrivals import Streams, arrival_ticks, shapes
 from simmoe.sim.ticks import S_PER_TICK
 from simmoe.specs.traces import READERS, read_trace, workload_of
-from simmoe.specs.workload import TraceReplay
+from simmoe.specs.workload import Arrivals, TraceReplay
 
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:17:03.9799600,4808,10
@@ -25,6 +25,12 @@ BURSTGPT = """Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Ty
 5,ChatGPT,472,18,490,Conversation log
 45,ChatGPT,1087,0,1087,Conversation log
 45.5,GPT-4,417,276,693,API log
+"""
+# newer files: a session and the time the answer took
+BURSTGPT_2 = """Timestamp,Session ID,Elapsed time,Model,Request tokens,Response tokens,Total tokens,Log Type
+5.0,1,3.1,ChatGPT,472,18,490,Conversation log
+45.0,1,0.0,ChatGPT,1087,0,1087,Conversation log
+45.5,2,9.4,GPT-4,417,276,693,API log
 """
 MOONCAKE = (
     '{"timestamp": 2000, "input_length": 1100, "output_length": 52, "hash_ids": [46, 47, 48]}\n'
@@ -46,6 +52,17 @@ VLLM = {
 }
 
 
+# as bench_serving appends it with --output-details, texts shortened
+SGLANG = (
+    '{"tag": null, "backend": "sglang", "dataset_name": "random", "request_rate": 4.0, "max_concurrency": null, '
+    '"sharegpt_output_len": null, "random_input_len": 1024, "random_output_len": 128, "random_range_ratio": 0.0, '
+    '"server_info": {"tp_size": 1}, "duration": 1.2, "completed": 2, "total_input_tokens": 1024, '
+    '"request_throughput": 1.7, "mean_ttft_ms": 31.5, "concurrency": 1.1, "accept_length": null, '
+    '"input_lens": [700, 324], "output_lens": [64, 128], "ttfts": [0.03, 0.03], "itls": [[0.01], [0.01]], '
+    '"generated_texts": ["a", "b"], "errors": ["", ""]}\n'
+)
+
+
 @pytest.fixture
 def replay(tmp_path):
     def write(text, name="trace.csv", **options):
@@ -64,6 +81,8 @@ def replay(tmp_path):
         (BURSTGPT, [0, 40.5], [472, 417], [18, 276], 1),
         (MOONCAKE, [0, 1.5], [700, 1100], [9, 52], 0),
         (REQUESTS, [0, 0.5, 8.0], [596, 594, 596], [251, 250, 249], 0),
+        (AZURE.replace("ContextTokens", " ContextTokens"), [0, 0.0519969, 2.52004], [4808, 3180, 110], [10, 8, 27], 0),
+        (BURSTGPT_2, [0, 40.5], [472, 417], [18, 276], 1),
         (json.dumps({**VLLM, "start_times": [100.5, 100.0, 101.0]}), [0, 0.5], [10, 30], [5, 6], 1),
     ],
 )
@@ -112,6 +131,22 @@ def test_a_benchmark_without_times_is_played_at_the_load_it_states(replay):
     assert (opened.concurrency, opened.rate) == (None, 4.0)
 
 
+def test_of_two_limits_a_benchmark_states_the_one_that_was_met_is_played(replay):
+    limits = {**VLLM, "request_rate": 4.0, "max_concurrency": 2}
+    met = workload_of(replay(json.dumps({**limits, "request_throughput": 3.9}), "a.json"))
+    assert (met.concurrency, met.rate) == (None, 4.0)
+    held_back = workload_of(replay(json.dumps({**limits, "request_throughput": 3.0}), "b.json"))
+    assert (held_back.concurrency, held_back.rate) == (2, None)
+
+
+def test_a_benchmarks_burstiness_is_the_shape_of_its_gaps(replay):
+    """vllm bench serve draws gaps from a gamma law of this shape: coefficient of variation 1 / sqrt(shape)."""
+    stated = {**VLLM, "request_rate": 4.0, "max_concurrency": None, "burstiness": 0.25}
+    workload = workload_of(replay(json.dumps(stated)))
+    assert workload.arrivals == Arrivals(kind="gamma", cv=2.0)
+    assert workload_of(replay(json.dumps({**stated, "burstiness": 1.0}), "b.json")).arrivals == Arrivals()
+
+
 def test_sglang_appends_a_line_per_run_and_the_last_counts(replay):
     line = {"sharegpt_output_len": 3, "request_rate": 2.0, "input_lens": [1], "output_lens": [2]}
     text = json.dumps(line) + "\n" + json.dumps({**line, "input_lens": [9, 9], "output_lens": [3, 3]}) + "\n"
@@ -130,7 +165,27 @@ def test_compressed_traces_are_read(tmp_path):
         (AZURE.replace("3180", "many"), "line 3: ContextTokens 'many' is not a number"),
         (AZURE.replace("2023-11-16 18:17:04", "soon"), "line 3: TIMESTAMP 'soon.0319569' is not a date"),
         (BURSTGPT.replace("Response tokens", "Answer"), "no column 'Response tokens'; columns are Timestamp, Model"),
-        (MOONCAKE + '{"timestamp": 1, "input_length": 4}\n', "line 3: KeyError: 'output_length'"),
+        (AZURE.replace("3180", "-3"), "line 3: ContextTokens '-3' is below 0"),
+        (AZURE.replace("3180", "nan"), "line 3: ContextTokens 'nan' is not a finite number"),
+        (BURSTGPT + "46,GPT-4\n", "line 5 has 2 cells, the header has 6"),
+        (
+            MOONCAKE + '{"timestamp": 1, "input_length": 4}\n',
+            "line 3: no 'output_length'; keys are timestamp, input_len",
+        ),
+        (MOONCAKE + '{"timestamp": 1, "inp\n', "line 3 is not JSON: Unterminated string"),
+        (MOONCAKE.replace("[46, 99]", "46"), "line 2: hash_ids 46 is not a list of whole numbers"),
+        (MOONCAKE.replace("2000", "NaN"), "line 1: timestamp nan is not a finite number"),
+        (
+            MOONCAKE.replace("[46, 99]", "[1, 2, 3, 4]"),
+            "line 2: 4 hash_ids for 700 tokens; Mooncake has one for each 512",
+        ),
+        ("", "is empty"),
+        (json.dumps({**VLLM, "output_lens": [5]}), "output_lens is not a list of a number for each of the input_lens"),
+        (
+            json.dumps({**VLLM, "output_lens": [5, None, 6]}),
+            r"line 2: output_lens \(of the list\) None is not a number",
+        ),
+        (SGLANG.replace("4.0", '"trace"'), "does not say when requests came; give rate or concurrency beside trace"),
         ("a,b\n1,2\n", "trace format not recognised; known: azure, burstgpt"),
         (AZURE.split("\n", maxsplit=1)[0] + "\n", "holds no request with an output"),
         (json.dumps({"request_throughput": 3.0}), "no input_lens and output_lens; save the benchmark with"),
@@ -138,7 +193,7 @@ def test_compressed_traces_are_read(tmp_path):
 )
 def test_what_is_wrong_with_a_file_is_one_line(replay, text, message):
     with pytest.raises(SpecError, match=message) as caught:
-        read_trace(replay(text))
+        workload_of(replay(text))
     assert "trace.csv: " in str(caught.value)
     assert "\n" not in str(caught.value)
 

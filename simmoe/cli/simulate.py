@@ -102,7 +102,7 @@ def simulate(
         changes |= limits
     described = described.vary(run=flags.checked(described.run, changes))
     if router is not None:
-        described = described.vary(cluster=described.cluster.vary(router=router))
+        described = described.vary(cluster=flags.checked(described.cluster, {"router": router}))
     with console.progress() as progress:
         task = progress.add_task("simulating", total=described.run.replications)
         result = simulation.run_scenario(described, lambda n, _: progress.update(task, completed=n))

@@ -336,6 +336,11 @@ def _does_not_fit(
     if short > 0:
         problem += f" ({text(short, 'B')} short)"
     elif context_tokens:
+        if d.kv_blocks is not None:
+            return (
+                f"kv_blocks {d.kv_blocks} of {d.kv_block_size} tokens hold {found.kv_tokens_per_rank} where "
+                f"{context_tokens:.0f} are asked for; raise kv_blocks, or leave it out for what memory leaves"
+            )
         problem += f", leaving KV cache for {found.kv_tokens_per_rank} tokens where {context_tokens:.0f} are asked for"
     best = smallest_that_fits(model, d, hardware, context_tokens=context_tokens)
     if best is None:

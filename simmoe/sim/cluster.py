@@ -126,9 +126,7 @@ def simulate(
     CapacityError
         If no request fits the KV cache.
     """
-    rules = (cluster or Cluster()).vary(
-        **{name: value for name, value in (("router", router), ("policy", policy)) if value is not None}
-    )
+    rules = cluster or Cluster()
     finite = recorded is not None or (workload.open_loop and (workload.rate is None or bool(workload.arrivals.stages)))
     if requests is not None and duration_s is not None:
         raise SpecError("give exactly one of requests and duration_s")
@@ -142,7 +140,7 @@ def simulate(
         table=table,
         deployment=deployment,
         kv_tokens=kv_tokens,
-        policy=rules.policy,
+        policy=policy or rules.policy,
         tier=tier,
         bookkeeping=bookkeeping,
         most_replicas=rules.autoscaling.maximum if rules.autoscaling else None,
@@ -156,7 +154,7 @@ def simulate(
                 f"{limits.max_num_seqs}{rows}: a step could not give every running request a token"
                 f"{' and its drafts' if rows else ''}"
             )
-    run = _Cluster(setup, workload, rules, handover, recorded, seed=seed)
+    run = _Cluster(setup, workload, rules, handover, recorded, router=router or rules.router, seed=seed)
     run.run(requests, None if duration_s is None else to_ticks(duration_s), keep_load=keep_load)
     return _result(run, kv_tokens, warmup, seed)
 
@@ -217,7 +215,7 @@ class _Cluster:
 
     def __init__(
         self, setup: PoolSetup, workload: Workload, rules: Cluster, handover: Handover | None,
-        recorded: Recorded | None, *, seed: int,
+        recorded: Recorded | None, *, router: str, seed: int,
     ) -> None:  # fmt: skip
         self.env = Clock()
         self.recorder = Recorder()
@@ -236,7 +234,7 @@ class _Cluster:
             self.env,
             setup,
             recorder=self.recorder,
-            route=router_named(rules.router, streams.routing),
+            route=router_named(router, streams.routing),
             finished=self._finished if handover is None else self._prompt_done,
             all_replicas=total,
         )
@@ -247,7 +245,7 @@ class _Cluster:
                 self.env,
                 handover.decode,
                 recorder=self.recorder,
-                route=router_named(rules.router, streams.routing),
+                route=router_named(router, streams.routing),
                 finished=self._finished,
                 first_replica=setup.replicas,
                 first_rank=len(self.pool.outstanding),

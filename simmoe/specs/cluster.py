@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from simmoe.specs.base import Seconds, Spec
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.hardware import Link
+
+RouterName = Literal["round_robin", "least_outstanding", "power_of_two", "prefix_aware"]
+PolicyName = Literal["vllm", "trtllm", "sglang", "vllm_v0"]
 
 
 class Failures(Spec):
@@ -57,8 +62,8 @@ class Disaggregation(Spec):
 class Cluster(Spec):
     """How requests find replicas, and how many replicas there are over time."""
 
-    router: str = Field(default="least_outstanding", description="Name in simmoe.sim.routers.ROUTERS.")
-    policy: str | None = Field(default=None, description="Name in simmoe.sim.policies.POLICIES; None: the engine's.")
+    router: RouterName = Field(default="least_outstanding", description="Which replica a request goes to.")
+    policy: PolicyName | None = Field(default=None, description="Who joins the next step; None: the engine's own.")
     failures: Failures | None = None
     autoscaling: Autoscaling | None = None
     disaggregation: Disaggregation | None = None

@@ -27,6 +27,8 @@ from simmoe.specs.workload import TraceReplay, Workload
 
 AnySpec = TypeVar("AnySpec", bound=Spec)
 
+_SHOWN = 10  # files named in a message
+
 _PACKAGE = Path(__file__).resolve().parents[1]
 _PRESETS = _PACKAGE / "specs" / "presets"
 
@@ -104,7 +106,9 @@ def workload_from(contents: dict[str, Any], path: Path) -> Workload:
 def _counts(path: Path) -> list[int]:
     try:
         return [int(line) for line in path.read_text(encoding="utf-8").split()]
-    except (OSError, ValueError) as problem:
+    except OSError as problem:
+        raise SpecError(f"{path}: no list of token counts can be read there ({problem.strerror})") from None
+    except ValueError as problem:
         raise SpecError(f"{path}: not a list of token counts, one per line: {problem}") from None
 
 
@@ -193,7 +197,8 @@ def _existing(path: str | Path, kind: str) -> Path:
     if path.is_file():
         return path
     beside = sorted(file.name for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-    listing = f"; {path.parent} holds {', '.join(beside)}" if beside else ""
+    more = ["..."] if len(beside) > _SHOWN else []
+    listing = f"; {path.parent} holds {', '.join([*beside[:_SHOWN], *more])}" if beside else ""
     raise SpecError(f"{path}: no such {kind} file{listing}")
 
 

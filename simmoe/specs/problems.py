@@ -44,6 +44,8 @@ def _one(detail: ErrorDetails, kind: type[Spec]) -> str:
         return f"{prefix}missing; {_meaning(owner, place[-1])}"
     if detail["type"] == "value_error":
         return f"{prefix}{message}"
+    if detail["type"] == "model_type":
+        return f"{prefix}{detail['input']!r} will not do: it should be a mapping of keys to values"
     expected = message[0].lower() + message[1:].replace("Input should be ", "")
     return f"{prefix}{detail['input']!r} will not do: {expected.replace('input should be', 'it should be')}" + (
         f" ({meaning})" if (meaning := _description(owner, place[-1])) else ""

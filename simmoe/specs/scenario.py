@@ -6,10 +6,11 @@ any of them may also be written out in place. Paths are relative to the scenario
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from simmoe.errors import SpecError
 from simmoe.specs import load, problems
@@ -35,6 +36,13 @@ class Run(Spec):
     seed: int = Field(default=0, ge=0)
     replications: int = Field(default=1, ge=1, description="Runs with seeds of their own; intervals are across them.")
     interval: Seconds | None = Field(default=None, gt=0, description="Length of the intervals of the series. [s]")
+
+    @field_validator("warmup", mode="before")
+    @classmethod
+    def _share_or_rule(cls, given: Any) -> Any:
+        if isinstance(given, str) and given != "mser":
+            raise ValueError(f"{given!r} is neither a share of the requests, e.g. 0.1, nor mser")
+        return given
 
     @model_validator(mode="after")
     def _one_end(self) -> Run:
@@ -97,5 +105,7 @@ def _under(key: str, path: Path, read: Any) -> Any:
     except SpecError as problem:
         text = str(problem)
         if text.startswith(f"{path}: "):
-            raise SpecError(f"{path}: {key}.{text.removeprefix(f'{path}: ')}") from None
+            rest = text.removeprefix(f"{path}: ")
+            below = re.match(r"[\w.]+: ", rest) is not None  # else it is about the whole part
+            raise SpecError(f"{path}: {key}{'.' if below else ': '}{rest}") from None
         raise

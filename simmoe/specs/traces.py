@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmoe.errors import SpecError
-from simmoe.specs.workload import Lengths, TraceReplay, Workload
+from simmoe.specs.workload import Arrivals, Lengths, TraceReplay, Workload
 
 Segments = tuple[tuple[int, int], ...]
 """A prompt as (identity, tokens) from its start on: prompts share as long a head as their segments agree."""
@@ -46,6 +46,7 @@ class Trace:
     prompts : what each prompt is made of; None where the file does not say.
     stage : load stage of each request; None where the file does not say.
     rate, concurrency : the load a benchmark file states, for files without arrivals. [1/s], [requests]
+    burstiness : shape of the gaps between arrivals at ``rate``, gamma distributed; 1 is Poisson. [-]
     dropped : rows without an output, left out. filled : rows without an output length, given the others' median.
     """
 
@@ -56,6 +57,7 @@ class Trace:
     stage: NDArray[np.int64] | None = None
     rate: float | None = None
     concurrency: int | None = None
+    burstiness: float = 1.0
     dropped: int = 0
     filled: int = 0
 
@@ -108,6 +110,8 @@ def fields_of(replay: TraceReplay, fields: Mapping[str, Any]) -> dict[str, Any]:
             found["concurrency"] = trace.concurrency
         elif trace.rate is not None:
             found["rate"] = f"{trace.rate!r} request/s"
+            if trace.burstiness != 1:
+                found["arrivals"] = Arrivals(kind="gamma", cv=trace.burstiness**-0.5)
         else:
             raise SpecError(f"{replay.path}: does not say when requests came; give rate or concurrency beside trace")
     found["input"] = Lengths(kind="trace", mean=float(trace.input_tokens.mean()))
@@ -130,6 +134,8 @@ def _read(path: Path, kind: str | None, limit: int | None, _changed: int) -> Tra
         text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig")
     except (OSError, EOFError, UnicodeDecodeError) as problem:
         raise SpecError(f"{path}: cannot be read: {problem}") from None
+    if not text.strip():
+        raise SpecError(f"{path}: is empty")
     name = kind or _kind_of(text)
     if name not in READERS:
         raise SpecError(f"{path}: trace format {name or 'not recognised'}; known: {', '.join(READERS)}")
@@ -183,14 +189,21 @@ def _rows(text: str, *columns: str) -> tuple[list[list[str]], list[int]]:
     return found, lines
 
 
-def _number(text: str, line: int, column: str) -> float:
+def _number(value: Any, line: int, column: str) -> float:
     try:
-        value = float(text)
-    except ValueError:
-        raise _BadLineError(f"line {line}: {column} {text!r} is not a number") from None
-    if not math.isfinite(value):
-        raise _BadLineError(f"line {line}: {column} {text!r} is not a finite number")
-    return value
+        number = float(value)
+    except (TypeError, ValueError):
+        raise _BadLineError(f"line {line}: {column} {value!r} is not a number") from None
+    if not math.isfinite(number):
+        raise _BadLineError(f"line {line}: {column} {value!r} is not a finite number")
+    return number
+
+
+def _tokens(value: Any, line: int, column: str) -> float:
+    number = _number(value, line, column)
+    if number < 0:
+        raise _BadLineError(f"line {line}: {column} {value!r} is below 0")
+    return number
 
 
 def _trace(
@@ -225,16 +238,17 @@ def _azure(text: str) -> Trace:
             raise _BadLineError(f"line {line}: TIMESTAMP {stamp!r} is not a date and time") from None
     return _trace(
         seconds,
-        [_number(row[1], line, "ContextTokens") for row, line in zip(rows, lines, strict=True)],
-        [_number(row[2], line, "GeneratedTokens") for row, line in zip(rows, lines, strict=True)],
+        [_tokens(row[1], line, "ContextTokens") for row, line in zip(rows, lines, strict=True)],
+        [_tokens(row[2], line, "GeneratedTokens") for row, line in zip(rows, lines, strict=True)],
     )
 
 
 def _burstgpt(text: str) -> Trace:
-    names = ("Timestamp", "Request tokens", "Response tokens")
-    rows, lines = _rows(text, *names)
+    readers = {"Timestamp": _number, "Request tokens": _tokens, "Response tokens": _tokens}
+    rows, lines = _rows(text, *readers)
     arrivals, inputs, outputs = (
-        [_number(row[i], line, name) for row, line in zip(rows, lines, strict=True)] for i, name in enumerate(names)
+        [read(row[i], line, name) for row, line in zip(rows, lines, strict=True)]
+        for i, (name, read) in enumerate(readers.items())
     )
     return _trace(arrivals, inputs, outputs)
 
@@ -246,12 +260,23 @@ def _mooncake(text: str) -> Trace:
             continue
         try:
             entry = json.loads(row)
-            arrivals.append(float(entry["timestamp"]) / 1e3)
-            inputs.append(int(entry["input_length"]))
-            outputs.append(int(entry["output_length"]))
-            hashes = [int(h) for h in entry.get("hash_ids", [])]
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as problem:
-            raise _BadLineError(f"line {line}: {type(problem).__name__}: {problem}") from None
+        except json.JSONDecodeError as problem:
+            raise _BadLineError(f"line {line} is not JSON: {problem.msg}") from None
+        if not isinstance(entry, dict):
+            raise _BadLineError(f"line {line} holds {type(entry).__name__}, not a request's timestamp and lengths")
+        if missing := [name for name in ("timestamp", "input_length", "output_length") if name not in entry]:
+            raise _BadLineError(f"line {line}: no {missing[0]!r}; keys are {', '.join(entry)}")
+        arrivals.append(_number(entry["timestamp"], line, "timestamp") / 1e3)
+        inputs.append(int(_tokens(entry["input_length"], line, "input_length")))
+        outputs.append(int(_tokens(entry["output_length"], line, "output_length")))
+        hashes = entry.get("hash_ids", [])
+        if not isinstance(hashes, list) or not all(isinstance(h, int) for h in hashes):
+            raise _BadLineError(f"line {line}: hash_ids {hashes!r} is not a list of whole numbers")
+        if len(hashes) > (most := -(-inputs[-1] // MOONCAKE_BLOCK_TOKENS)):
+            raise _BadLineError(
+                f"line {line}: {len(hashes)} hash_ids for {inputs[-1]} tokens; Mooncake has one for each "
+                f"{MOONCAKE_BLOCK_TOKENS}, so at most {most}"
+            )
         prompts.append(_blocks(hashes, inputs[-1]))
     return _trace(arrivals, inputs, outputs, prompts=prompts)
 
@@ -270,16 +295,16 @@ def _blocks(hashes: list[int], tokens: int) -> Segments:
 def _requests(text: str) -> Trace:
     names = ("stage", "arrival_s", "prompt_id", "input_tokens", "output_tokens")
     rows, lines = _rows(text, *names)
-    known = [float(row[4]) for row in rows if row[4]]
+    known = [_tokens(row[4], line, "output_tokens") for row, line in zip(rows, lines, strict=True) if row[4]]
     if not known:
         raise _BadLineError("no line has output_tokens")
     median = float(np.median(known))  # failed requests asked for as much, but their length was never seen
-    inputs = [_number(row[3], line, "input_tokens") for row, line in zip(rows, lines, strict=True)]
+    inputs = [_tokens(row[3], line, "input_tokens") for row, line in zip(rows, lines, strict=True)]
     identities = [int(_number(row[2] or "-1", line, "prompt_id")) for row, line in zip(rows, lines, strict=True)]
     return _trace(
         [_number(row[1], line, "arrival_s") for row, line in zip(rows, lines, strict=True)],
         inputs,
-        [_number(row[4], line, "output_tokens") if row[4] else median for row, line in zip(rows, lines, strict=True)],
+        [_tokens(row[4], line, "output_tokens") if row[4] else median for row, line in zip(rows, lines, strict=True)],
         prompts=[((who, int(size)),) if who >= 0 else () for who, size in zip(identities, inputs, strict=True)],
         stage=[int(_number(row[0] or "0", line, "stage")) for row, line in zip(rows, lines, strict=True)],
         filled=len(rows) - len(known),
@@ -294,18 +319,40 @@ def _benchmark(text: str) -> Trace:
         entry = json.loads([line for line in text.splitlines() if line.strip()][-1])
     if "input_lens" not in entry or "output_lens" not in entry:
         raise _BadLineError("no input_lens and output_lens; save the benchmark with --save-detailed (--output-details)")
-    inputs, outputs = entry["input_lens"], entry["output_lens"]
-    starts = entry.get("start_times")
-    rate = float(entry["request_rate"]) if entry.get("request_rate") not in (None, "inf") else math.inf
-    trace = _trace(range(len(inputs)) if starts is None else starts, inputs, outputs)
+    columns = {name: entry[name] for name in ("input_lens", "output_lens", "start_times") if name in entry}
+    for name, column in columns.items():
+        if not isinstance(column, list) or len(column) != len(entry["input_lens"]):
+            raise _BadLineError(f"{name} is not a list of a number for each of the input_lens")
+    inputs, outputs = ([_tokens(n, i, f"{name} (of the list)") for i, n in enumerate(columns[name], start=1)]
+                       for name in ("input_lens", "output_lens"))  # fmt: skip
+    starts = [_number(t, i, "start_times (of the list)") for i, t in enumerate(columns.get("start_times", []), start=1)]
+    trace = _trace(starts or range(len(inputs)), inputs, outputs)
+    rate, concurrency = _stated_load(entry, len(inputs))
     return Trace(
-        arrival_s=None if starts is None else trace.arrival_s,
+        arrival_s=trace.arrival_s if starts else None,
         input_tokens=trace.input_tokens,
         output_tokens=trace.output_tokens,
-        rate=rate if math.isfinite(rate) else None,
-        concurrency=entry.get("max_concurrency") or (None if math.isfinite(rate) else len(inputs)),
+        rate=rate,
+        concurrency=concurrency,
+        burstiness=float(entry.get("burstiness") or 1.0),
         dropped=trace.dropped,
     )
+
+
+def _stated_load(entry: Mapping[str, Any], requests: int) -> tuple[float | None, int | None]:
+    """Rate or concurrency of a benchmark: of two limits the one that was met; neither for arrivals of a trace.
+
+    A rate is met if the requests were served within a tenth of it.
+    """
+    stated, most = entry.get("request_rate", "inf"), entry.get("max_concurrency")
+    if stated == "trace":  # SGLang's --use-trace-timestamps
+        return None, None
+    rate = float(stated)
+    if not math.isfinite(rate):
+        return None, most or requests
+    served = entry.get("request_throughput")
+    held_back = most is not None and served is not None and served < 0.9 * rate
+    return (None, most) if held_back else (rate, None)
 
 
 def _first(trace: Trace, limit: int) -> Trace:
@@ -317,6 +364,7 @@ def _first(trace: Trace, limit: int) -> Trace:
         stage=None if trace.stage is None else trace.stage[:limit],
         rate=trace.rate,
         concurrency=trace.concurrency,
+        burstiness=trace.burstiness,
         dropped=trace.dropped,
         filled=trace.filled,
     )
