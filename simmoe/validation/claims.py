@@ -1,8 +1,10 @@
 """Published quantitative claims about serving MoE models, each beside what simmoe computes from the stated inputs.
 
 A claim's tolerance is set by its kind before anything is computed: counting 3 %, operators 15 %, whole systems 25 %,
-historic systems whose software is not described a factor of 2; gains in percentage points 5. What a model of this kind
-cannot speak to is listed with the reason. Computations: `claims_counted`, `claims_timed`. Table: validate/claims/.
+historic systems whose software is not described a factor of 2; gains in percentage points 5. Claims whose inputs hold
+the answer are marked as such. What a model of this kind
+cannot speak to is listed with the reason. Computations: `claims_counted`, `claims_timed`,
+`claims_historic`. Table: validate/claims/.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ class Claim:
     kind : which tolerance holds, or that the number is a bound.
     inputs : what the computation takes as given.
     because : why it differs or cannot speak; not shown where it is reproduced.
+    by_definition : the inputs hold the answer, by a definition or an identity: it checks the code, not the model.
     """
 
     claim: str
@@ -44,6 +47,7 @@ class Claim:
     kind: Kind = "count"
     inputs: str = ""
     because: str = ""
+    by_definition: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def speak(claim: Claim) -> Spoken:
     except SimmoeError as problem:
         return Spoken(claim, None, f"cannot speak: {problem}")
     if holds(claim.kind, ours, claim.published):
-        return Spoken(claim, ours, "reproduced")
+        return Spoken(claim, ours, "reproduced, by definition" if claim.by_definition else "reproduced")
     return Spoken(claim, ours, f"differs, because {claim.because or 'the model lacks something'}")
 
 
@@ -86,9 +90,10 @@ def holds(kind: Kind, ours: float, published: float) -> bool:
 
 def all_claims() -> list[Claim]:
     """Every claim: counted, timed, and those nobody can compute here."""
-    from simmoe.validation import claims_counted, claims_timed, claims_unspoken  # noqa: PLC0415
+    from simmoe.validation import claims_counted, claims_historic, claims_timed, claims_unspoken  # noqa: PLC0415
 
-    return [*claims_counted.claims(), *claims_timed.claims(), *claims_unspoken.claims()]
+    parts = (claims_counted, claims_timed, claims_historic, claims_unspoken)
+    return [claim for part in parts for claim in part.claims()]
 
 
 def to_json(spoken: Sequence[Spoken]) -> list[dict[str, Any]]:
@@ -126,9 +131,11 @@ def write_page(spoken: Sequence[Spoken], path: Path) -> None:
 def summary(spoken: Sequence[Spoken]) -> str:
     """One line: how many are reproduced, differ, and cannot be spoken to."""
     reproduced = sum(one.verdict.startswith("reproduced") for one in spoken)
+    given = sum(one.verdict.endswith("by definition") for one in spoken)
     silent = sum(one.ours is None for one in spoken)
+    differ = len(spoken) - reproduced - silent
     return (
-        f"{len(spoken)} claims: {reproduced} reproduced, {len(spoken) - reproduced - silent} differ, "
+        f"{len(spoken)} claims: {reproduced} reproduced ({given} of them by definition), {differ} differ, "
         f"{silent} cannot be spoken to"
     )
 

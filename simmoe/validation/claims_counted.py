@@ -5,19 +5,18 @@ Left out: anything with a second in it (`claims_timed`).
 
 from __future__ import annotations
 
-import numpy as np
-
 from simmoe.costs.exchange import exchange_s, messages
 from simmoe.costs.memory import kv_bytes_per_token
 from simmoe.costs.work import parameters
 from simmoe.routing.capacity import dropped_share, slots_per_expert, waste_factor
 from simmoe.routing.occupancy import distinct_experts
-from simmoe.routing.popularity import uniform_inclusion, zipf_weights
+from simmoe.routing.popularity import inclusion_from_weights, uniform_inclusion, zipf_weights
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.hardware import Fabric
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.model import Experts
 from simmoe.validation.claims import Claim
+from simmoe.validation.claims_timed import FAVOURITES
 
 _DEEPSPEED = "DeepSpeed-MoE, arXiv 2201.05596"
 _HUANG = "Towards MoE Deployment, arXiv 2303.06182"
@@ -105,13 +104,13 @@ def claims() -> list[Claim]:
               source="Switch, arXiv 2101.03961, table 9"),
         Claim("Switch-XXL holds 395 B parameters", 395, "B", lambda: _billions("switch-xxl"),
               inputs="24 and 24 layers of 4096, 128 experts in every other (the table prints 64, which make 201 B)",
-              source="Switch, arXiv 2101.03961, table 9"),
+              source="Switch, arXiv 2101.03961, table 9", by_definition=True),
         Claim("NLLB-MoE holds 54.5 B parameters", 54.5, "B", lambda: _billions("nllb-moe-54b"),
               inputs="24 and 24 layers of 2048, 128 experts in every fourth", source="NLLB, arXiv 2207.04672"),
         Claim("M6-T holds a trillion parameters", 1002.7, "B", lambda: _billions("m6-t-1t"),
-              inputs="24 layers of 1024, 960 experts", source="M6-T, arXiv 2105.15082"),
+              inputs="24 layers of 1024, 960 experts; shapes remembered", source="M6-T, arXiv 2105.15082"),
         Claim("M6 reaches 10 trillion parameters", 10000, "B", lambda: _billions("m6-10t"),
-              inputs="48 layers of 1024, 10240 experts", source="M6-10T, arXiv 2110.03888"),
+              inputs="48 layers of 1024, 10240 experts; shapes remembered", source="M6-10T, arXiv 2110.03888"),
         Claim("DeepSeek-V3 caches 70 KB a token", 70.272, "KB",
               lambda: kv_bytes_per_token(load_model("deepseek-v3"), Deployment()) / 1e3,
               inputs="61 layers of 576 in bf16", source="arXiv 2505.09343, table 1"),
@@ -123,51 +122,58 @@ def claims() -> list[Claim]:
               source="Toward Inference-optimal MoE, arXiv 2404.02852", because="norms and routers are small"),
         Claim("static gating allocates 12.8 times the slots needed (language model)", 12.8, "x",
               lambda: float(waste_factor(1e6, 512, 2, 0.05 * 512 / 2)),
-              inputs="512 experts, top-2, capacity 0.05 of all tokens", source=f"{_HUANG}, sec. III-B"),
+              inputs="512 experts, top-2, capacity 0.05 of all tokens", source=f"{_HUANG}, sec. III-B",
+              by_definition=True),
         Claim("static gating allocates 64 times the slots needed (machine translation)", 64, "x",
               lambda: float(waste_factor(1e6, 128, 2, 1.0 * 128 / 2)),
-              inputs="128 experts, top-2, capacity 1.0 of all tokens", source=f"{_HUANG}, sec. III-B"),
+              inputs="128 experts, top-2, capacity 1.0 of all tokens", source=f"{_HUANG}, sec. III-B",
+              by_definition=True),
         Claim("less than 1 % of tokens is dropped at capacity factor 1.25", 1.0, "%", lambda: _lost(4096, 128, 1.25),
               kind="at most",
               inputs="top-1, 4096 tokens over 128 experts, even popularity; with 256 tokens it is 11 %",
               source="Switch, arXiv 2101.03961, sec. 2.2"),
         Claim("hierarchical all-to-all takes G + p/G hops where flat takes p", 24, "hops",
               lambda: messages("hierarchical", 128, 8), kind="operator", inputs="p = 128, G = 8: 7 + 15",
-              source=f"{_DEEPSPEED}, sec. 5.3"),
+              source=f"{_DEEPSPEED}, sec. 5.3", by_definition=True),
         Claim("coordinated communication needs 16 C1 + C2 instead of 128 C1 + C2", 16, "hops of C1",
               lambda: messages("coordinated", 128, 8, 8) - (8 - 1), kind="operator",
-              inputs="128 devices, tensor parallelism 8; 15 peers, 7 to gather", source=f"{_DEEPSPEED}, sec. 5.3"),
+              inputs="128 devices, tensor parallelism 8; 15 peers, 7 to gather", source=f"{_DEEPSPEED}, sec. 5.3",
+              by_definition=True),
         Claim("top-1 of 64 experts at batch 1 leaves 63 idle", 63, "experts", lambda: 64 - _distinct(64, 1, 1.0),
-              inputs="1 token", source="accounting"),
+              inputs="1 token", source="accounting", by_definition=True),
         Claim("a batch of 32 wakes nearly all of DeepSeek-V2-Lite's experts", 61.3, "experts",
-              lambda: _distinct(64, 6, 32.0), inputs="top-6 of 64, independent tokens", source="occupancy, exact"),
+              lambda: _distinct(64, 6, 32.0), inputs="top-6 of 64, independent tokens", source="occupancy, exact",
+              by_definition=True),
         Claim("independent tokens would wake 82.4 of 128 experts at batch 16", 82.4, "experts",
-              lambda: _distinct(128, 8, 16.0), inputs="top-8 of 128", source=f"{_REFILL}, footnote 1"),
+              lambda: _distinct(128, 8, 16.0), inputs="top-8 of 128", source=f"{_REFILL}, footnote 1",
+              by_definition=True),
         Claim("refill from a pick of 4 wakes 29.9 experts where plain top-8 wakes 48.8", 29.9, "experts",
-              lambda: _distinct(128, 4, float(np.log1p(-48.8 / 128) / np.log1p(-8 / 128))), kind="operator",
-              inputs="likeness of the batch taken from the 48.8: 7.4 unlike tokens", source=f"{_REFILL}, table 4",
-              because="tokens that are alike differ more in their first choices than in their last"),
+              lambda: float(distinct_experts(inclusion_from_weights(zipf_weights(128, FAVOURITES), 4), 16.0)),
+              kind="operator", inputs=f"16 tokens, Zipf with exponent {FAVOURITES:g}, which makes the 48.8",
+              source=f"{_REFILL}, table 4", because="favourites say fewer than were woken"),
         Claim("capping 6 to 4 experts reads over 15 % less at small batch", -15, "%",
               lambda: _read_less("deepseek-v2-lite", 4, 8.0), kind="at most",
               inputs="DeepSeek-V2-Lite, 8 tokens, all weights but the embedding; true up to about 16 tokens",
               source=f"{_YANG}, as summarised elsewhere"),
         Claim("capping 6 to 4 experts reads hardly less at large batch", -1, "%",
               lambda: _read_less("deepseek-v2-lite", 4, 128.0), kind="at least",
-              inputs="DeepSeek-V2-Lite, 128 tokens", source="occupancy"),
+              inputs="DeepSeek-V2-Lite, 128 tokens", source="occupancy", by_definition=True),
         Claim("top-1 instead of top-2 halves Mixtral's expert weight traffic", 0.5, "x",
               lambda: _distinct(8, 1, 1.0) / _distinct(8, 2, 1.0), inputs="1 token: exact; 0.89 at 16 tokens",
-              source="general statement"),
+              source="general statement", by_definition=True),
         Claim("expert parallelism moves 28 % of what tensor parallelism does", 0.28, "x",
               lambda: 2 * 2 / (2 * messages("flat", 8, 8)),
-              inputs="2 active of 8 devices: 2 k / 2 (n - 1) hidden vectors a layer", source=f"{_YANG}, sec. 4.2"),
+              inputs="2 active of 8 devices: 2 k / 2 (n - 1) hidden vectors a layer", source=f"{_YANG}, sec. 4.2",
+              by_definition=True),
         Claim("the hottest 3 of 64 experts taking half of the tokens is Zipf with exponent 1.2", 0.5, "share",
               lambda: float((zipf_weights(64, 1.2) / zipf_weights(64, 1.2).sum())[:3].sum()), inputs="top-1",
-              source="survey illustration"),
+              source="survey illustration", by_definition=True),
         Claim("an expert turns compute-bound at about 295 rows: 9.4 k tokens for DeepSeek-V3", 9440, "tokens",
-              _ridge_tokens, inputs="H100 data sheet, top-8 of 256", source="roofline"),
+              _ridge_tokens, inputs="H100 data sheet, top-8 of 256", source="roofline", by_definition=True),
         Claim("a TPU v3 core has 16 GiB", 16, "GiB",
               lambda: load_hardware("tpu-v3").device.memory / load_hardware("tpu-v3").device.sms / 2**30,
-              inputs="hardware/tpu-v3.yaml, two cores a chip", source="Jouppi et al., CACM 63(7), 2020"),
+              inputs="hardware/tpu-v3.yaml, two cores a chip", source="Jouppi et al., CACM 63(7), 2020",
+              by_definition=True),
         Claim("an all-to-all of 1 MB a chip on 16 x 16 TPU v5e takes 40 us", 40, "us", _torus_s,
-              inputs="links of 50 GB/s, no latency", source="torus bisection bound"),
+              inputs="links of 50 GB/s, no latency", source="torus bisection bound", by_definition=True),
     ]  # fmt: skip
