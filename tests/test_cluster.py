@@ -76,7 +76,7 @@ def loops(draw, most_in=40, most_out=50):
     st.sampled_from([0.05, 0.4, 2.0]),
     st.sampled_from([0.0, 0.3]),
     st.sampled_from([0, 1]),
-    st.sampled_from([None, SPECULATIVE]),
+    st.sampled_from([None, SPECULATIVE, SPECULATIVE.vary(sampled=True)]),
 )
 def test_failing_replicas_equal_the_twin(
     workload, replicas, dp, kv_tokens, seed, policy, between, restart, ahead, speculative
@@ -108,7 +108,7 @@ def test_failing_replicas_equal_the_twin(
         layers=st.sampled_from([1, 4]),
     ),
     st.sampled_from([0, 1]),
-    st.sampled_from([None, SPECULATIVE]),
+    st.sampled_from([None, SPECULATIVE, SPECULATIVE.vary(sampled=True)]),
 )
 def test_prefill_and_decode_apart_equal_the_twin(
     workload, prefill, decode, kv_in, kv_out, seed, transfer, ahead, speculative

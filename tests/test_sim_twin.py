@@ -63,6 +63,7 @@ def scenarios(draw):
     speculative = {
         "method": "ngram", "draft_tokens": drafts,
         "acceptance_length": draw(st.sampled_from([a for a in ACCEPTED if a <= drafts + 1])),
+        "sampled": draw(st.booleans()),
     } if drafts else None  # fmt: skip
     deployment = Deployment(
         gpus=replicas * dp * pp,

@@ -1,9 +1,11 @@
 """Speculative decoding: acceptance, steps a request takes, what verifying and drafting cost, what it gains."""
 
 import json
+from dataclasses import replace
 from fractions import Fraction
 from itertools import product
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +21,7 @@ from simmoe.engine.tabulate import step_table
 from simmoe.errors import CapacityError, SpecError
 from simmoe.planning import launch
 from simmoe.predict import compiled_for, predict
+from simmoe.sim.acceptance import Acceptance
 from simmoe.sim.cluster import simulate
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.flags import deployment_from
@@ -77,7 +80,9 @@ def test_lengths_to_hundredths_are_met_exactly(drafts, share):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"draft_tokens": 1}, "exactly one of acceptance_length and acceptance_rate"),
+        ({"draft_tokens": 1}, "exactly one of acceptance_length, acceptance_rate and acceptance_by_pos"),
+        ({"draft_tokens": 2, "acceptance_by_position": [0.5]}, "has 1 shares for 2 draft_tokens"),
+        ({"draft_tokens": 2, "acceptance_by_position": [0.5, 0.6]}, "shares from 1 to 0 that never rise"),
         ({"draft_tokens": 1, "acceptance_length": 1.5, "acceptance_rate": 0.5}, "exactly one"),
         ({"draft_tokens": 1, "acceptance_length": 2.1}, "exceeds the 2 tokens a step"),
         ({"draft_tokens": 1, "acceptance_length": 1.5, "method": "draft"}, "needs draft_model"),
@@ -87,6 +92,47 @@ def test_lengths_to_hundredths_are_met_exactly(drafts, share):
 def test_contradictions_are_named(values, message):
     with pytest.raises(ValidationError, match=message):
         Speculative(**{"method": "mtp", **values})
+
+
+@given(st.integers(1, 8), st.floats(0, 1))
+def test_a_length_stands_for_the_rate_that_gives_it(drafts, rate):
+    known = Speculative(method="ngram", draft_tokens=drafts, acceptance_rate=rate)
+    length = 1 + sum(known.accepted)
+    assert Speculative(method="ngram", draft_tokens=drafts, acceptance_length=length).accepted == pytest.approx(
+        known.accepted, abs=1e-9
+    )
+    told = Speculative(method="ngram", draft_tokens=drafts, acceptance_by_position=known.accepted)
+    assert told.tokens_per_step == known.tokens_per_step
+
+
+def test_drawn_drafts_are_accepted_as_often_as_each_position_says():
+    """And independently of each other from step to step, and alike for whoever asks again."""
+    source = Acceptance(Speculative(method="mtp", draft_tokens=3, acceptance_by_position=(0.9, 0.5, 0.45)), key=7)
+    drawn = np.array([source.tokens(request, 400) for request in range(100)])
+    for position, share in enumerate((0.9, 0.5, 0.45), start=1):
+        assert (drawn > position).mean() == pytest.approx(share, abs=4 * 0.5 / 200)
+    assert abs(np.corrcoef(drawn[:, :-1].ravel(), drawn[:, 1:].ravel())[0, 1]) < 4 / 200
+    assert source.tokens(5, 400) == drawn[5].tolist()
+    assert len({tuple(row) for row in drawn.tolist()}) == 100
+
+
+def test_sampled_acceptance_keeps_the_rate_and_spreads_requests():
+    """Renewal theory: a request's decode steps vary by cv sqrt(tokens / length), a share that falls with its length."""
+    step, tokens = 0.01, 241
+    chosen = Speculative(method="ngram", draft_tokens=2, acceptance_by_position=(0.8, 0.4))
+    workload = Workload(concurrency=4, input=Lengths(mean=1), output=Lengths(mean=tokens))
+    tpot = {}
+    for sampled in (False, True):
+        deployment = Deployment(
+            max_num_seqs=4, max_num_batched_tokens=16, speculative=chosen.vary(sampled=sampled), prefix_caching=False
+        )
+        table = replace(constant_steps(step, 16, 12), rows_per_decode=3)
+        run = simulate(table, workload, deployment, 10**5, requests=800, keep_load=False, warmup=0.0)
+        tpot[sampled] = run.requests.accepted().tpot_s
+    assert tpot[False].std() < 0.01 * tpot[False].mean()
+    assert tpot[True].mean() == pytest.approx(step / 2.2, rel=0.02)
+    spread = np.sqrt(0.2 * 1.2**2 + 0.4 * 0.2**2 + 0.4 * 0.8**2) / 2.2  # coefficient of variation of 1, 2 or 3 tokens
+    assert tpot[True].std() / tpot[True].mean() == pytest.approx(spread / np.sqrt((tokens - 1) / 2.2), rel=0.1)
 
 
 def test_a_line_and_a_file_say_the_same(tmp_path):

@@ -34,11 +34,12 @@ class Streams:
     prompts: np.random.Generator
     thinking: np.random.Generator
     failures: np.random.Generator
+    acceptance: np.random.Generator
 
     @classmethod
     def of(cls, seed: int) -> Streams:
         """Spawn the streams of a run."""
-        return cls(*(np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(7)))
+        return cls(*(np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(8)))
 
 
 @dataclass(frozen=True, slots=True)

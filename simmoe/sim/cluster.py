@@ -229,6 +229,7 @@ class _Cluster:
             self._shapes = shapes(workload, streams)
             self._arrivals = arrival_ticks(workload, streams) if workload.open_loop else iter(())
         self._thinking = think_ticks(workload, streams)
+        key = int(streams.acceptance.integers(2**63))
         total = setup.replicas + (0 if handover is None else handover.decode.replicas)
         self.pool = Pool(
             self.env,
@@ -237,6 +238,7 @@ class _Cluster:
             route=router_named(router, streams.routing),
             finished=self._finished if handover is None else self._prompt_done,
             all_replicas=total,
+            acceptance_key=key,
         )
         self.pools = [self.pool]
         self._mover: Mover | None = None
@@ -250,6 +252,7 @@ class _Cluster:
                 first_replica=setup.replicas,
                 first_rank=len(self.pool.outstanding),
                 all_replicas=total,
+                acceptance_key=key,
             )
             self.pools.append(decode)
             self._mover = Mover(

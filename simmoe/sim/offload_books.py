@@ -85,7 +85,7 @@ class OffloadBooks:
             offered = self._offered.get(request, 0)
             if request.finish_step >= 0:
                 cached = scheduler.cached(request)
-                full = (cached + steps * stride) // period
+                full = (cached + scheduler.growth(request, steps)) // period
             else:  # a prompt's blocks have their names before they are computed
                 cached = request.input_tokens * pool.grain
                 full = cached // period

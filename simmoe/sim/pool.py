@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 
 from simmoe.costs.kv_offload import HostTier
 from simmoe.engine.step import StepTable
+from simmoe.sim.acceptance import Acceptance, DrawnPool
 from simmoe.sim.clock import Clock
 from simmoe.sim.kv_cache import BlockPool
 from simmoe.sim.offload_books import Bookkeeping
@@ -53,6 +55,7 @@ class Pool:
     ----------
     first_replica, all_replicas : numbers over all pools of the run; ranks are numbered on from ``first_rank``.
     finished : called with the rank and the request when one has had its last token here.
+    acceptance_key : of the draws of accepted drafts, where the deployment samples them.
     """
 
     def __init__(
@@ -66,13 +69,17 @@ class Pool:
         first_replica: int = 0,
         first_rank: int = 0,
         all_replicas: int | None = None,
+        acceptance_key: int = 0,
     ) -> None:
         deployment, count = setup.deployment, setup.replicas
+        drafts = deployment.speculative
+        acceptance = Acceptance(drafts, acceptance_key) if drafts is not None and drafts.sampled else None
+        per_step = deployment.tokens_per_decode if acceptance is None else Fraction(1)
         table = TickTable.of(
             setup.table,
             max_tokens=deployment.tokens_per_replica,
             max_requests=deployment.requests_per_replica,
-            grain=deployment.tokens_per_decode.denominator,
+            grain=per_step.denominator,
         )
         self.policy = setup.policy or POLICY_OF_ENGINE[deployment.engine]
         decide = policy_named(self.policy)
@@ -88,13 +95,16 @@ class Pool:
                 first_rank=first_rank + i * dp,
                 ranks=[
                     Scheduler(
-                        BlockPool(setup.kv_tokens // dp, deployment.kv_block_size, deployment.tokens_per_decode),
+                        BlockPool(setup.kv_tokens // dp, deployment.kv_block_size, per_step)
+                        if acceptance is None
+                        else DrawnPool(setup.kv_tokens // dp, deployment.kv_block_size),
                         max_num_seqs=deployment.max_num_seqs,
                         max_num_batched_tokens=deployment.max_num_batched_tokens,
                         policy=decide,
                         prefix_caching=deployment.prefix_caching,
                         rows_per_decode=deployment.rows_per_decode,
                         tier=setup.tier,
+                        acceptance=acceptance,
                     )
                     for _ in range(dp)
                 ],

@@ -240,8 +240,9 @@ class Replica:
             if decoding or chunks:
                 resumed = decoding if scheduler.paused else 0
                 running = scheduler.decoding + len(chunks)
+                accepted = scheduler.accepted(decoding, steps) if scheduler.width > 1 else 0
                 finished = scheduler.complete(steps, now)
-                self._log(rank, scheduler, decoding, resumed, running)
+                self._log(rank, scheduler, decoding, resumed, running, accepted)
                 if scheduler.gaps:
                     for gap, count in scheduler.gaps:
                         self._recorder.gap(now, gap, count)
@@ -272,16 +273,18 @@ class Replica:
             for request in scheduler.lose_everything(last)
         ]
 
-    def _log(self, rank: int, scheduler: Scheduler, decoding: int, resumed: int, running: int) -> None:
-        """Log the steps; the gaps of ``resumed`` requests, longer than the step, are recorded apart."""
+    def _log(self, rank: int, scheduler: Scheduler, decoding: int, resumed: int, running: int, accepted: int) -> None:
+        """Log the steps; the gaps of ``resumed`` requests, longer than the step, are recorded apart.
+
+        ``accepted``: drafts, also beyond requests' ends. [grains]
+        """
         computed, sampled = 0, float(resumed)
         for request, new, cached in scheduler.chunks:
             computed += new
             sampled += cached + new == request.target
         if scheduler.width > 1:  # drafts verified, and those accepted beyond one token a step
-            pool = scheduler.pool
             computed += decoding * self._steps * (scheduler.width - 1)
-            sampled += (decoding * self._steps * (pool.stride - pool.grain) - scheduler.overshoot) / pool.grain
+            sampled += (accepted - scheduler.overshoot) / scheduler.pool.grain
             scheduler.overshoot = 0
         self._recorder.window(
             rank, self._start, self._steps, self._first, self._growth, decoding - resumed, computed, sampled,
@@ -296,6 +299,7 @@ class Replica:
             decoding = scheduler.stepping
             if self._stepping and (decoding or scheduler.chunks):
                 resumed = decoding if scheduler.paused else 0
-                self._log(rank, scheduler, decoding, resumed, len(scheduler.running))
+                accepted = scheduler.accepted(decoding, self._steps) if scheduler.width > 1 else 0
+                self._log(rank, scheduler, decoding, resumed, len(scheduler.running), accepted)
             for request in (*scheduler.running, *scheduler.waiting):
                 self._recorder.unfinished(request, rank)

@@ -5,8 +5,9 @@ sums (their number, their context, the step at which each will finish, the steps
 costs O(1) and a completion O(log requests); only the policies in `policies` decide who joins.
 A preempted request loses its blocks and later recomputes prompt and generated tokens, unless host memory keeps them.
 With speculative decoding every decode step emits the mean acceptance length: a request of N tokens takes
-ceil((N - 1) / length) steps after its prompt, and its context grows by as much in each, counted in grains (`kv_cache`).
-Left out: acceptance that varies by request and step, priorities, beam search.
+ceil((N - 1) / length) steps after its prompt, and its context grows by as much in each, counted in grains (`kv_cache`);
+or what was drawn for it (`acceptance`), then steps are planned one by one.
+Left out: priorities, beam search.
 Checked in: tests/test_scheduler.py and, step by step, tests/reference/sim_stepwise.py.
 """
 
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from heapq import heappop, heappush
 
 from simmoe.costs.kv_offload import HostTier
+from simmoe.sim.acceptance import Acceptance, DrawnPool, cut
 from simmoe.sim.host_memory import HostMemory
 from simmoe.sim.kv_cache import BlockPool
 from simmoe.sim.prefix_cache import Held, Path, PrefixCache
@@ -33,6 +35,7 @@ class Request:
         "admitted",
         "arrival",
         "cached",
+        "drawn",
         "finish_step",
         "first_token",
         "generated",
@@ -48,6 +51,7 @@ class Request:
         "prompt",
         "swapped",
         "target",
+        "tokens",
     )
 
     def __init__(self, index: int, arrival: int, input_tokens: int, output_tokens: int, prompt: Segments = ()) -> None:
@@ -65,6 +69,10 @@ class Request:
         """Rank step count at which it will have its last token, while decoding."""
         self.joined = -1
         """Rank step count at which it began to decode."""
+        self.drawn = 0
+        """Decode steps it had before, of those drawn."""
+        self.tokens: list[int] = []
+        """What its steps since emit, where that is drawn."""
         self.admitted = -1
         self.first_token = -1
         self.last_token = -1
@@ -103,15 +111,18 @@ class Scheduler:
     prefix_caching : whether prompts that share a head share its blocks.
     rows_per_decode : tokens of a step that each decoding request takes: its own, and drafts to verify.
     tier : host memory for blocks that leave the device; None: they are lost.
+    acceptance : draws what decode steps emit, and ``pool`` is one for that; None: all emit alike.
     """
 
     __slots__ = (
         "_finishing",
         "_finishing_steps",
+        "acceptance",
         "blocks_held",
         "chunks",
         "context",
         "decoding",
+        "drawn_pool",
         "gaps",
         "horizon",
         "host",
@@ -145,8 +156,11 @@ class Scheduler:
         prefix_caching: bool = True,
         rows_per_decode: int = 1,
         tier: HostTier | None = None,
+        acceptance: Acceptance | None = None,
     ) -> None:
         self.pool = pool
+        self.acceptance = acceptance
+        self.drawn_pool = pool if isinstance(pool, DrawnPool) else None
         self.width = rows_per_decode
         self.stride = pool.stride
         self.tier = tier
@@ -313,7 +327,9 @@ class Scheduler:
                 count, last = self.paused.pop()
                 if count > 1:
                     self.paused.append((count - 1, last))
-            request.lose_cache(self.cached(request) // self.pool.grain, last)
+            cached = self.cached(request) // self.pool.grain
+            request.drawn += self.step - request.joined
+            request.lose_cache(cached, last)
         for request in self.waiting:
             request.loaded = request.swapped = 0
         left = [*self.running, *self.waiting]
@@ -350,7 +366,11 @@ class Scheduler:
             if self.prefixes is not None:
                 self.prefixes.promised = 0
             self.blocks_held = pool.total - pool.free - grown / 2
-            self.context += decoding * steps * self.stride
+            if self.drawn_pool is None:
+                self.context += decoding * steps * self.stride
+            else:
+                self.context += self.drawn_pool.emitted(self.step)
+                self.drawn_pool.passed(self.step)
         else:
             self.blocks_held = self.pool.used
         self.step = step = self.step + (0 if self.pausing else steps)
@@ -390,7 +410,12 @@ class Scheduler:
             return
         pool = self.pool
         cached = request.cached * pool.grain
-        pool.join(cached, self.step)
+        if self.drawn_pool is None:
+            pool.join(cached, self.step)
+            steps = -(-remaining * pool.grain // pool.stride)
+        else:
+            steps = self._draw(request, remaining)
+            self.drawn_pool.add(cached, self.step, request.tokens)
         self.decoding += 1
         if self.pausing:
             if self.paused and self.paused[-1][1] == now:
@@ -399,7 +424,7 @@ class Scheduler:
                 self.paused.append((1, now))
         self.context += cached
         request.joined = self.step
-        request.finish_step = finish = self.step - (-remaining * pool.grain // pool.stride)
+        request.finish_step = finish = self.step + steps
         together = self._finishing.get(finish)
         if together is None:
             self._finishing[finish] = [request]
@@ -407,15 +432,42 @@ class Scheduler:
         else:
             together.append(request)
 
+    def _draw(self, request: Request, remaining: int) -> int:
+        """Draw what a request's coming decode steps emit; return how many there are."""
+        assert self.acceptance is not None
+        tokens = self.acceptance.tokens(request.index, request.drawn + remaining)
+        request.tokens = cut(tokens[request.drawn :], remaining)
+        return len(request.tokens)
+
     def cached(self, request: Request) -> int:
         """What a decoding request has in the KV cache. [grains]"""
-        return request.cached * self.pool.grain + (self.step - request.joined) * self.stride
+        steps = self.step - request.joined
+        grown = sum(request.tokens[:steps]) if self.drawn_pool is not None else steps * self.stride
+        return request.cached * self.pool.grain + grown
+
+    def growth(self, request: Request, steps: int) -> int:
+        """What a decoding request's next ``steps`` planned steps add to that. [grains]"""
+        if self.drawn_pool is not None:
+            done = self.step - request.joined
+            return sum(request.tokens[done : done + steps])
+        return steps * self.stride
+
+    def accepted(self, decoding: int, steps: int) -> int:
+        """Drafts accepted by ``decoding`` requests in the planned steps. [grains]"""
+        if self.drawn_pool is not None:
+            return self.drawn_pool.emitted(self.step) - decoding if decoding else 0
+        return decoding * steps * (self.stride - self.pool.grain)
 
     def _stop_decoding(self, request: Request) -> int:
         """Remove a decoding request from the sums; return what it had cached. [grains]"""
         pool = self.pool
         cached = self.cached(request)
-        pool.leave(cached, self.step, give_back=False)
+        if self.drawn_pool is None:
+            pool.leave(cached, self.step, give_back=False)
+        else:
+            steps = self.step - request.joined
+            self.drawn_pool.add(cached, self.step, request.tokens[steps:], sign=-1)
+            request.drawn += steps
         self._free(request, -(-cached // pool.period))
         self.decoding -= 1
         self.context -= cached

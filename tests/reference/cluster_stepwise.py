@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 
-from reference.sim_stepwise import Job, Rank, plan_together, step_time, ticks
+from reference.sim_stepwise import Job, Rank, drawing, plan_together, step_time, ticks
 
 from simmoe.sim.arrivals import Streams, arrival_ticks, shapes, think_ticks
 from simmoe.sim.routers import ROUTERS
@@ -18,14 +18,15 @@ from simmoe.sim.ticks import TICKS_PER_S
 class Engines:
     """The engines of one pool."""
 
-    def __init__(self, table, deployment, kv_tokens, policy, route, tier=None):
+    def __init__(self, table, deployment, kv_tokens, policy, route, tier=None, streams=None):
         d = deployment
         self.table, self.exchange, self.dp, self.route = table, d.ep > 1, d.dp, route
+        drawn = drawing(d, streams)
         total = kv_tokens // d.dp // d.kv_block_size
         self.engines = [
             [
                 Rank(total, d.kv_block_size, d.max_num_seqs, d.max_num_batched_tokens, policy, tier,
-                     d.tokens_per_decode, d.rows_per_decode)
+                     **drawn)
                 for _ in range(d.dp)
             ]
             for _ in range(d.replicas)
@@ -85,10 +86,10 @@ def simulate_cluster(
     streams = Streams.of(seed)
     lengths = shapes(workload, streams)
     thinking = think_ticks(workload, streams)
-    first = Engines(table, deployment, kv_tokens, policy, ROUTERS[router](streams.routing), tier)
+    first = Engines(table, deployment, kv_tokens, policy, ROUTERS[router](streams.routing), tier, streams)
     pools = [first]
     if decode is not None:
-        pools.append(Engines(*decode, "vllm", ROUTERS[router](streams.routing)))
+        pools.append(Engines(*decode, "vllm", ROUTERS[router](streams.routing), streams=streams))
     jobs = {}
     events = []  # (time, order of coming up, what)
     came = 0

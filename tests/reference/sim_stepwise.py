@@ -1,8 +1,8 @@
 """The simulator's slow twin: one loop, one step at a time, every request with its own list of blocks and token times.
 
 Nothing is summed in closed form and nobody sleeps through anything; SimPy is not used. Written to be read beside the
-scheduler's rules. Shares with the fast simulator only the traffic (`arrivals`) and the routers. What speculative
-decoding emits on average is counted in fractions, request by request.
+scheduler's rules. Shares with the fast simulator only the traffic (`arrivals`), the routers and the draws of accepted
+drafts. What speculative decoding emits on average is counted in fractions, request by request.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from math import ceil, floor
 
+from simmoe.sim.acceptance import Acceptance
 from simmoe.sim.arrivals import Streams, arrival_ticks, shapes
 from simmoe.sim.routers import ROUTERS
 
@@ -41,6 +42,7 @@ class Job:
     decoding: bool = False  # has sampled a token since it was (re)admitted; else its step is a prompt chunk
     swapped: int = 0  # tokens in host memory since a preemption
     found: int = 0  # tokens of prompts found, in all
+    drawn: int = 0  # decode steps so far
 
     @property
     def known(self) -> int:
@@ -56,7 +58,8 @@ class Job:
 class Rank:
     """Blocks have numbers, users and maybe a key: all tokens up to their end. Free ones queue, oldest first."""
 
-    def __init__(self, total_blocks, block, max_seqs, budget, policy, tier=None, per_step=1, rows=1):
+    def __init__(self, total_blocks, block, max_seqs, budget, policy, tier=None, per_step=1, rows=1, draw=None):
+        self.draw = draw  # request and step to what the step emits; None: per_step
         self.per_step, self.rows = Fraction(per_step), rows
         self.total, self.block = total_blocks, block
         self.max_seqs, self.budget, self.policy, self.tier = max_seqs, budget, policy, tier
@@ -89,6 +92,10 @@ class Rank:
             self.trim()
         self.users[number] = 1
         return number
+
+    def writes(self, job):
+        """Tokens that the job's next decode step emits."""
+        return self.per_step if self.draw is None else min(self.draw(job.index, job.drawn), job.output - job.tokens)
 
     def more(self, job, tokens):
         return ceil(Fraction(job.computed + tokens) / self.block) - len(job.blocks)
@@ -197,7 +204,7 @@ class Rank:
         while i < len(self.running):
             job = self.running[i]
             new = self.rows if job.decoding else min(job.known - job.computed, left)
-            while not self.grow(job, self.per_step if job.decoding else new):
+            while not self.grow(job, self.writes(job) if job.decoding else new):
                 preempted = True
                 if self.preempt() is job:
                     break
@@ -216,7 +223,7 @@ class Rank:
         left = self.budget
         for job in self.running:
             new = self.rows if job.decoding else min(job.known - job.computed, left)
-            assert self.grow(job, self.per_step if job.decoding else new), "nobody should lack a block"
+            assert self.grow(job, self.writes(job) if job.decoding else new), "nobody should lack a block"
             self.work.append((job, new))
             left -= new
         while self.waiting and left and len(self.running) < self.max_seqs:
@@ -256,7 +263,7 @@ class Rank:
         i = 0
         while i < len(self.running):
             job = self.running[i]
-            while not self.grow(job, self.per_step):
+            while not self.grow(job, self.writes(job)):
                 if self.preempt() is job:
                     break
             else:
@@ -280,8 +287,9 @@ class Rank:
         self.loaded += self.loading
         for job, new in self.work:
             if job.decoding:
-                job.computed += self.per_step
-                job.speculated += self.per_step
+                job.speculated += self.writes(job)
+                job.computed += self.writes(job)
+                job.drawn += 1
                 emitted = True
                 job.tokens = min(job.kept + floor(job.speculated), job.output)
             else:
@@ -355,6 +363,14 @@ def step_time(table, ranks, exchange):
     return max(time, load) if tier.layerwise else time + load
 
 
+def drawing(deployment, streams):
+    """Tokens emitted by a request's n-th decode step, where that is drawn."""
+    if deployment.speculative is None or not deployment.speculative.sampled:
+        return {"per_step": deployment.tokens_per_decode, "rows": deployment.rows_per_decode}
+    source = Acceptance(deployment.speculative, int(streams.acceptance.integers(2**63)))
+    return {"draw": lambda request, n: source.tokens(request, n + 1)[n], "rows": deployment.rows_per_decode}
+
+
 def simulate_stepwise(
     table, workload, deployment, kv_tokens, *, requests, seed, router="least_outstanding", policy="vllm", tier=None
 ):
@@ -364,10 +380,11 @@ def simulate_stepwise(
     route = ROUTERS[router](streams.routing)
     dp = deployment.dp
     block = deployment.kv_block_size
+    drawn = drawing(deployment, streams)
     engines = [
         [
             Rank(kv_tokens // dp // block, block, deployment.max_num_seqs, deployment.max_num_batched_tokens, policy,
-                 tier, deployment.tokens_per_decode, deployment.rows_per_decode)
+                 tier, **drawn)
             for _ in range(dp)
         ]
         for _ in range(deployment.replicas)
