@@ -34,6 +34,21 @@ def test_mean_and_tail_match_drawn_batches(exponent, ep, tokens):
     assert found.systematic <= found.mean < found.tail
 
 
+def test_tokens_of_few_tasks_crowd_one_rank_as_drawn():
+    rng, tokens, ep, tasks = np.random.default_rng(8), 256, 8, 12
+    rank_of = np.repeat(np.arange(ep), 128 // ep)
+    factors = []
+    for _ in range(400):
+        pairs = np.zeros(ep)
+        sizes = np.bincount(rng.integers(tasks, size=tokens), minlength=tasks)
+        for size in sizes:
+            np.add.at(pairs, rank_of[rng.permutation(128)[:8]], size)
+        factors.append(pairs.max() * ep / (tokens * 8))
+    found = busiest_rank(kind(ep, tasks=tasks), tokens)
+    assert found.mean == pytest.approx(np.mean(factors), rel=0.05)
+    assert found.mean > 1.2 * busiest_rank(kind(ep), tokens).mean
+
+
 def test_large_batches_keep_what_is_systematic_alone():
     found = busiest_rank(kind(16, popularity="zipf", exponent=1.0), 1e7)
     assert found.tail == pytest.approx(found.systematic, rel=0.01)

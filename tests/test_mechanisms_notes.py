@@ -45,8 +45,7 @@ def rate(base, text):
 
 #: Settings without a row: what only goes with another that has one, and what changes no time.
 WITHOUT_ROW = {
-    "layers_drawn", "seed", "domain_shares", "counts", "counts_file", "logit_spread", "keep_min",  # go with another
-    "top_k_per_layer",  # a list as long as the model; each entry is a cap
+    "layers_drawn", "seed", "counts", "counts_file", "logit_spread", "keep_min",  # go with another
     "overflow", "launch_time", "low_latency_tokens", "source",
 }  # fmt: skip
 

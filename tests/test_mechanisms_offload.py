@@ -92,6 +92,18 @@ def test_no_setting_is_without_effect(better):
     assert step(better)["expert_fetch"] < 0.98 * step(Offload(cached_experts=4))["expert_fetch"]
 
 
+def test_experts_of_a_session_stay_and_no_more_than_the_cache_holds():
+    """One request keeps its two experts; eight sessions need more of Mixtral's eight than a cache of four."""
+    sessions = {"tasks": 10**6}
+    assert step(Offload(cached_experts=4), 1, routing=sessions)["expert_fetch"] == 0.0
+    one_by_one, crowded = (step(Offload(cached_experts=4), 8, routing=r)["expert_fetch"] for r in ({}, sessions))
+    woken = 8 * (1 - (1 - 2 / 8) ** 8)
+    link = H100.host_link
+    by_hand = 32 * (link.latency + (woken - 4) * EXPERT_BYTES / link.bandwidth)
+    assert crowded == pytest.approx(by_hand, rel=0.01)
+    assert crowded < one_by_one
+
+
 def test_skewed_popularity_suits_a_pinned_cache():
     even, skewed = (
         step(Offload(cached_experts=32, policy="pinned"), 4, load_model("qwen3-30b-a3b"), routing)["expert_fetch"]

@@ -10,9 +10,11 @@ from simmoe.engine.engine import Engine
 from simmoe.engine.step import Batch
 from simmoe.routing.capacity import dropped_share, slots_per_expert, waste_factor
 from simmoe.routing.popularity import inclusion_from_weights, uniform_inclusion, zipf_weights
+from simmoe.routing.sampling import sample_choices
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.mechanisms import Dispatch
+from simmoe.specs.routing import Routing
 from tests.reference import mechanisms_twin as twin
 
 H100 = load_hardware("h100")
@@ -90,6 +92,25 @@ def test_padding_and_masks_take_memory():
     )
     assert plain < padded < masked
     assert masked - padded == pytest.approx(6 * 8192 * 8192 * 8 * 2.0)
+
+
+def test_tokens_that_route_alike_overflow_together_as_drawn():
+    """256 unlike tokens, each four times: their counts are four times a binomial one, and drops follow."""
+    rng, tokens, clones = np.random.default_rng(9), 1024, 4
+    how = Dispatch(kind="capacity", capacity_factor=1.25)
+    alike = Routing(independence=(tokens / clones - 1) / (tokens - 1))
+    experts, top_k = MODEL.experts.num_experts, MODEL.experts.top_k
+    slots = np.ceil(1.25 * tokens * top_k / experts)
+    lost = [
+        np.maximum(clones * np.bincount(sample_choices(rng, tokens // clones, np.ones(experts), top_k).ravel(),
+                                        minlength=experts) - slots, 0).sum() / (tokens * top_k)
+        for _ in range(200)
+    ]  # fmt: skip
+    drops = [
+        Engine(H100, MODEL, Deployment(dispatch=how, routing=r)).moe.dropped_share(tokens) for r in (alike, Routing())
+    ]
+    assert drops[0] == pytest.approx(np.mean(lost), rel=0.05)
+    assert drops[0] > 1.5 * drops[1]
 
 
 def test_drops_are_told_by_the_engine():

@@ -167,6 +167,10 @@ def test_a_schedule_of_k_gives_each_layer_its_own():
     assert (four.layers, four.top_k, eight.layers, eight.top_k) == (24, 4, 24, 8)
     capped = kinds(Routing(top_k_per_layer=schedule), top_k=4)
     assert [(kind.layers, kind.top_k) for kind in capped] == [(48, 4)]
+    blocks = kinds(Routing(top_k_per_layer=(8, 4)))
+    assert [(kind.layers, kind.top_k) for kind in blocks] == [(24, 4), (24, 8)]
+    with pytest.raises(SpecError, match="equal blocks"):
+        kinds(Routing(top_k_per_layer=(8, 8, 8, 8, 4)))
     half = decode_s(Routing(top_k_per_layer=schedule))["routed_experts"]
     low, high = (decode_s(Routing(), active_experts=k)["routed_experts"] for k in (4, 8))
     assert half == pytest.approx((low + high) / 2)
@@ -221,6 +225,29 @@ def test_drift_undoes_a_placement():
     ratio = drifted.load(tokens).routed_pairs / fresh.load(tokens).routed_pairs
     assert fresh.load(tokens).routed_pairs[0] < 1.1 * 4096
     assert ratio[0] > 1.15
+
+
+def test_a_mixture_of_domains_that_drifts_undoes_a_placement():
+    """Experts lie where they were best for the old shares; the load is that of the new ones over those places."""
+    law = {"popularity": "domains", "domains": 3, "exponent": 1.0, "placement": "eplb", "redundant_experts": 16}
+    now, then = (0.8, 0.1, 0.1), (0.1, 0.1, 0.8)
+    fresh, drifted, old = (
+        kinds(Routing(**law, domain_shares=shares, placed_shares=placed), ep=8)[0]
+        for shares, placed in ((now, now), (now, then), (then, then))
+    )
+    assert np.array_equal(drifted.placement, old.placement)
+    unplaced = {**law, "placement": "contiguous", "redundant_experts": 0}
+    was, plain = (kinds(Routing(**unplaced, domain_shares=shares), ep=8)[0] for shares in (then, now))
+    laid = eplb_placement(was.inclusion, 8, 16)
+    by_hand = np.bincount(laid.rank, weights=laid.inclusion(plain.inclusion), minlength=8).max()
+    many = np.array([1e7])
+    assert drifted.load(many).routed_pairs[0] / 1e7 == pytest.approx(by_hand, rel=0.01)
+    assert drifted.load(many).routed_pairs[0] > 1.3 * fresh.load(many).routed_pairs[0]
+
+
+def test_sessions_of_their_own_wake_what_independent_tokens_do():
+    many, plain = (kinds(Routing(tasks=n))[0].load(np.array([16.0])) for n in (10**6, None))
+    assert many.active_experts == pytest.approx(plain.active_experts, rel=1e-3)
 
 
 def test_tasks_wake_the_experts_of_the_tasks_present():
@@ -372,6 +399,7 @@ def test_a_wrong_flag_is_told(text, says):
         {"keep_min": 3},
         {"redundant_experts": 8},
         {"popularity": "domains", "domains": 2, "domain_shares": (0.5, 0.6)},
+        {"popularity": "domains", "domains": 2, "placed_shares": (0.5, 0.5)},
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(given_):

@@ -187,7 +187,10 @@ class MoeLayers:
             p = kind.inclusion if kind.inclusion is not None else np.full(kind.slots, kind.woken_by / kind.slots)
             slots = float(slots_per_expert(tokens, self.pool, kind.top_k, how.capacity_factor))
             second = how.overflow == "second_choice"
-            lost += kind.layers * dropped_share(p, tokens, slots, second_choice=second)
+            # tokens that route alike come in clusters, as large as there are tokens to an unlike one
+            unlike = float(kind.unlike_tokens(np.array(tokens)))
+            slots *= unlike / max(tokens, 1.0)
+            lost += kind.layers * dropped_share(p, unlike, slots, second_choice=second)
         return lost / self.model.moe_layers
 
     @property

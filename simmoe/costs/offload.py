@@ -2,8 +2,9 @@
 
 Model: a miss moves one expert over the host link; fetches of a layer follow each other without gaps after one latency.
 Foreseen misses run under the layer before; what is longer than it shows.
-Left out: computing a missed expert on the host, host memory bandwidth below the link's. Hit rates: `routing.locality`.
-Checked in tests/test_mechanisms_offload.py.
+Where all tokens of a task take the same experts, those of the step before are the next step's, as many as the cache
+holds. Left out: computing a missed expert on the host, host memory bandwidth below the link's. Hit rates:
+`routing.locality`. Checked in tests/test_mechanisms_offload.py.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def fetch_s(
     if link is None:
         raise CoverageError(f"{hardware.name}: experts are offloaded but the hardware describes no host_link")
     local = kind.slots / kind.ep
-    missing = np.asarray(active, dtype=np.float64) * (1.0 - hit_rates(offload, kind, tokens))
+    missing = np.asarray(active, dtype=np.float64) * (1.0 - hit_rates(offload, kind, tokens, active))
     if offload.policy == "stream":
         missing = np.full_like(missing, local)
     seconds = link.latency * np.minimum(missing, 1.0) + missing * expert_bytes / link.bandwidth
@@ -57,12 +58,14 @@ def fetch_s(
     return np.asarray(seconds - foreseen + np.maximum(foreseen - np.asarray(under_s), 0.0), dtype=np.float64)
 
 
-def hit_rates(offload: Offload, kind: LayerKind, tokens: Array) -> Array:
-    """Share of needed experts that the cache holds, shape of ``tokens``. [-]"""
+def hit_rates(offload: Offload, kind: LayerKind, tokens: Array, active: Array) -> Array:
+    """Share of the ``active`` experts of a rank that the cache holds, shape of ``tokens``. [-]"""
     if offload.policy == "stream":
         return np.zeros_like(tokens)
+    if kind.tasks is not None:
+        return np.minimum(offload.cached_experts / np.maximum(active, 1e-12), 1.0)
     inclusion = kind.inclusion if kind.inclusion is not None else np.full(kind.slots, kind.woken_by / kind.slots)
-    drawn = 1.0 + kind.independence * (np.maximum(tokens, 1.0) - 1.0)
+    drawn = kind.unlike_tokens(tokens)
     cached = min(float(offload.cached_experts * kind.ep), float(kind.slots))
     rates = [hit_rate(inclusion, cached, policy=offload.policy, tokens=t, stickiness=offload.stickiness) for t in drawn]
     return np.array(rates)

@@ -33,6 +33,10 @@ def dropped_share(inclusion: ArrayLike, tokens: float, slots: float, *, second_c
     ``inclusion`` of shape (E,) sums to k. With ``second_choice`` each such pair tries one more expert, drawn by
     popularity and not by what is free; with Y of them arriving at e the loss is E[(X + Y - C)^+] - E[(X - C)^+].
     """
+    whole = float(np.floor(slots))
+    if slots > whole:  # (X - C)^+ is a straight line in C between whole numbers
+        few, many = (dropped_share(inclusion, tokens, n, second_choice=second_choice) for n in (whole, whole + 1.0))
+        return few + (slots - whole) * (many - few)
     p = np.asarray(inclusion, dtype=np.float64)
     value, counts = np.unique(p, return_counts=True)
     mean, variance = tokens * value, tokens * value * (1.0 - value)

@@ -54,10 +54,10 @@ def busiest_rank(kind: LayerKind, tokens: float, quantile: float = 0.99) -> Busi
         return BusiestRank(1.0, 1.0, 1.0)
     load = expected_load(
         np.array(tokens), kind.slots, kind.woken_by, ep=kind.ep, inclusion=p, placement=ranks,
-        num_groups=kind.num_groups, top_groups=kind.top_groups, independence=kind.independence,
+        num_groups=kind.num_groups, top_groups=kind.top_groups, independence=kind.unlikeness(np.array(tokens)),
     )  # fmt: skip
     variance, _ = rank_variance(p, ranks, kind.ep, kind.woken_by, kind.num_groups, kind.top_groups)
-    like = tokens / (1.0 + kind.independence * (tokens - 1.0))
+    like = tokens / float(kind.unlike_tokens(np.array(tokens)))
     spread = like * tokens * variance
     mean = np.asarray(tokens * share, dtype=np.float64)
     low, high = 0.0, float(tokens * share.max() + 12.0 * np.sqrt(spread.max()) + 12.0)

@@ -62,11 +62,6 @@ class LayerKind:
         """Load of the busiest rank for ``tokens`` of the whole group, shape (B,)."""
         if self.balanced:
             return balanced_load(tokens, self.slots, self.top_k, self.ep)
-        independence: Array | float = self.independence
-        if self.tasks is not None:
-            t = np.maximum(np.asarray(tokens, dtype=np.float64), 1.0)
-            alike = self.tasks * -np.expm1(t * np.log1p(-min(1.0 / self.tasks, 1 - 1e-12)))
-            independence = self.independence * np.clip((alike - 1.0) / np.maximum(t - 1.0, 1e-9), 1e-9, 1.0)
         load = expected_load(
             tokens,
             self.slots,
@@ -76,9 +71,23 @@ class LayerKind:
             placement=self.placement,
             num_groups=self.num_groups,
             top_groups=self.top_groups,
-            independence=independence,
+            independence=self.unlikeness(tokens),
         )
         return refilled_load(load, self.woken_by, self.top_k) if self.top_k > self.woken_by else load
+
+    def unlikeness(self, tokens: Array) -> Array | float:
+        """What `Routing.independence` comes to in steps of so many tokens: T of them are in fewer tasks. [-]"""
+        if self.tasks is None:
+            return self.independence
+        t = np.maximum(np.asarray(tokens, dtype=np.float64), 1.0)
+        present = self.tasks * -np.expm1(t * np.log1p(-min(1.0 / self.tasks, 1 - 1e-12)))
+        return np.asarray(
+            self.independence * np.clip((present - 1.0) / np.maximum(t - 1.0, 1e-9), 1e-9, 1.0), dtype=np.float64
+        )
+
+    def unlike_tokens(self, tokens: Array) -> Array:
+        """Tokens that route independently and wake as many experts as ``tokens`` do, shape (B,). [tokens]"""
+        return np.asarray(1.0 + self.unlikeness(tokens) * (np.maximum(tokens, 1.0) - 1.0), dtype=np.float64)
 
     def receiver_skew(self, tokens: Array, load: ExpertLoad) -> Array:
         """Pairs of the busiest rank over what it gets when all experts are alike and in order, shape (B,). [-]
@@ -126,10 +135,15 @@ def layer_kinds(
     groups = (experts.num_groups, experts.top_groups) if grouped else (1, 1)
     rules = _rules(routing, experts, moe_layers, top_k)
     kinds = []
-    for share, weights in _weights(routing, experts, pool, vocab):
+    laws_now = _weights(routing, experts, pool, vocab)
+    laws_then = laws_now
+    if routing.placed_shares is not None:
+        laws_then = _weights(routing.vary(domain_shares=routing.placed_shares), experts, pool, vocab)
+    for (share, weights), (_, weights_then) in zip(laws_now, laws_then, strict=True):
         for layers, shares, pairs in rules:
             woken = sum(j * part for j, part in shares.items())
-            kept, placed_by = _inclusion(routing, weights, shares)
+            kept = _drifted(routing, _inclusion(weights, shares))
+            placed_by = _inclusion(weights_then, shares)
             slots, placement = pool, None
             if routing.placement != "contiguous":
                 by = np.full(pool, 1.0) if placed_by is None else placed_by
@@ -162,12 +176,12 @@ def _rules(
     """(layers, share of tokens by number of experts picked, pairs per token after refill) of each rule."""
     if routing.top_k_per_layer is not None:
         schedule = routing.top_k_per_layer
-        if len(schedule) != moe_layers or max(schedule) > experts.top_k:
+        if moe_layers % len(schedule) or max(schedule) > experts.top_k:
             raise SpecError(
                 f"routing.top_k_per_layer: {len(schedule)} entries up to {max(schedule)}; the model has {moe_layers} "
-                f"MoE layers of top-{experts.top_k}"
+                f"MoE layers of top-{experts.top_k}: give one entry a layer, or one for each of equal blocks of layers"
             )
-        capped = [min(k, top_k) for k in schedule]
+        capped = [min(k, top_k) for k in schedule for _ in range(moe_layers // len(schedule))]
         return [(float(capped.count(k)), {k: 1.0}, float(k)) for k in sorted(set(capped))]
     if routing.refill_to is not None:
         if not top_k <= routing.refill_to <= experts.top_k:
@@ -244,12 +258,16 @@ def _counts(routing: Routing, num_experts: int) -> list[Array]:
     return rows
 
 
-def _inclusion(routing: Routing, weights: Array | None, shares: dict[int, float]) -> tuple[Array | None, Array | None]:
-    """Inclusion now, and as it was when experts were placed; None: all alike."""
+def _inclusion(weights: Array | None, shares: dict[int, float]) -> Array | None:
+    """Inclusion where tokens take j experts with chance shares[j]; None: all alike."""
     if weights is None:
-        return None, None
-    before = sum((part * laws.inclusion_from_weights(weights, j) for j, part in shares.items()), np.zeros(len(weights)))
-    if not routing.drift:
-        return before, before
+        return None
+    return sum((part * laws.inclusion_from_weights(weights, j) for j, part in shares.items()), np.zeros(len(weights)))
+
+
+def _drifted(routing: Routing, before: Array | None) -> Array | None:
+    """Inclusion after a share of it has moved to other experts."""
+    if before is None or not routing.drift:
+        return before
     moved = np.random.default_rng(routing.seed + 1).permutation(before)
-    return (1.0 - routing.drift) * before + routing.drift * moved, before
+    return (1.0 - routing.drift) * before + routing.drift * moved

@@ -33,6 +33,9 @@ class Routing(Spec):
     )
     domains: int = Field(default=2, ge=1, description="domains: how many.")
     domain_shares: tuple[float, ...] | None = Field(default=None, description="Their shares; None: equal.")
+    placed_shares: tuple[float, ...] | None = Field(
+        default=None, description="domains: their shares when experts were placed; None: as now."
+    )
     drift: float = Field(
         default=0.0, ge=0, le=1, description="Share of the popularity that has moved to other experts since placement."
     )
@@ -42,10 +45,14 @@ class Routing(Spec):
         default=1.0, gt=0, le=1, description="A batch of T tokens routes like 1 + independence (T - 1) unlike ones."
     )
     tasks: int | None = Field(
-        default=None, ge=1, description="Task-level routing: all tokens of a task take the same k experts. [tasks]"
-    )
+        default=None, ge=1,
+        description="Task-level routing: all tokens of a task take the same k experts. Session-level: as many tasks as "
+        "there are users, of which few are in a step twice. [tasks]",
+    )  # fmt: skip
 
-    top_k_per_layer: tuple[int, ...] | None = Field(default=None, description="Experts per token, MoE layer by layer.")
+    top_k_per_layer: tuple[int, ...] | None = Field(
+        default=None, description="Experts per token, MoE layer by layer or for equal blocks of them."
+    )
     refill_to: int | None = Field(
         default=None, ge=1,
         description="Opportunistic refill: active_experts are picked, then up to this many from those the batch woke.",
@@ -93,11 +100,15 @@ class Routing(Spec):
             raise ValueError("popularity counts needs counts or counts_file; other kinds take neither")
         if self.counts is not None and self.counts_file is not None:
             raise ValueError("give counts or counts_file, not both")
-        if self.domain_shares is not None:
-            if self.popularity != "domains" or len(self.domain_shares) != self.domains:
-                raise ValueError(f"domain_shares: give {self.domains} shares, with popularity domains")
-            if min(self.domain_shares) < 0 or abs(sum(self.domain_shares) - 1) > 1e-6:
-                raise ValueError("domain_shares must be 0 or more and sum to 1")
+        for name in ("domain_shares", "placed_shares"):
+            if (shares := getattr(self, name)) is None:
+                continue
+            if self.popularity != "domains" or len(shares) != self.domains:
+                raise ValueError(f"{name}: give {self.domains} shares, with popularity domains")
+            if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+                raise ValueError(f"{name} must be 0 or more and sum to 1")
+        if self.placed_shares is not None and self.placement == "contiguous":
+            raise ValueError("placed_shares needs a placement that knows of popularity: greedy or eplb")
         if self.top_k_shares is not None and (min(self.top_k_shares) < 0 or abs(sum(self.top_k_shares) - 1) > 1e-6):
             raise ValueError("top_k_shares must be 0 or more and sum to 1")
         rules = {
