@@ -80,8 +80,13 @@ class Simulated:
     @cached_property
     def stages(self) -> list[StageMetrics]:
         """Per stage of staged arrivals or of a trace that has stages; else none."""
-        edges = _stage_edges(self.scenario.workload)
+        edges = self.stage_edges_s
         return stage_metrics(self.measured, self.runs[0].steps, edges) if edges else []
+
+    @property
+    def stage_edges_s(self) -> list[float]:
+        """Where the stages begin, and the last ends; none if there are no stages. [s]"""
+        return _stage_edges(self.scenario.workload)
 
     @cached_property
     def provenance(self) -> Provenance:

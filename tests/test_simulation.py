@@ -218,6 +218,11 @@ def test_the_trace_keeps_to_the_format_and_to_the_run(tmp_path):
     assert min(waiting) == 0
     assert waiting[-1] == 0
     assert {e["args"]["name"] for e in events if e["name"] == "process_name"} == {"cluster", "rank 0", "rank 1"}
+    for name, most in (("batch", SMALL.max_num_seqs), ("KV cache", result.kv_blocks[0])):
+        levels = [value for e in events if e["name"] == name for value in e["args"].values()]
+        assert len(levels) == len(slices)
+        assert 0 < max(levels) <= most
+    assert [e["args"] for e in events if e["name"] == "replicas"] == [{"on": 2.0}]
 
 
 def test_a_trace_that_cannot_be_written_is_one_line(tmp_path):

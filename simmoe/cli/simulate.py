@@ -113,7 +113,13 @@ def simulate(
     if plot is not None:
         from simmoe.report import plots  # noqa: PLC0415
 
-        plots.over_time(result.series, plot)
+        plots.over_time(
+            result.series,
+            plot,
+            title=simulation_report.title(result),
+            stage_edges_s=result.stage_edges_s,
+            scaling=result.runs[0].scaling,
+        )
     if json:
         typer.echo(json_module.dumps(simulation_report.to_json(result), indent=2))
     else:

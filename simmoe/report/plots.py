@@ -242,19 +242,41 @@ def _gain_panel(panel: Any, title: str, members: list[Gain]) -> None:
     panel.grid(alpha=0.25)
 
 
-def over_time(series: Series, path: Path) -> None:
-    """Queue and batch, KV use and utilisation, throughput and TTFT over the time of a simulated run."""
+def over_time(
+    series: Series,
+    path: Path,
+    *,
+    title: str = "",
+    stage_edges_s: Sequence[float] = (),
+    scaling: Sequence[tuple[float, int]] = (),
+) -> None:
+    """Queue and batch, KV use and utilisation, throughput and TTFT over the time of a simulated run.
+
+    Parameters
+    ----------
+    stage_edges_s : where the load changes, drawn as lines. [s]
+    scaling : replicas switched on from a time on; a panel of its own if their number changes. (time [s], replicas)
+    """
     middle = (series.edges_s[1:] + series.edges_s[:-1]) / 2
-    with figure(path, width=9.0, height=7.0, nrows=3, sharex=True) as (queue, cache, rate):
-        queue.plot(middle, series.running, label="running", **style(0))
-        queue.plot(middle, series.waiting, label="waiting", **style(1))
+    spaced = {"markevery": max(1, len(middle) // 40)}
+    changes = len(scaling) > 1
+    heights = [3, 3, 3, 1.2][: 3 + changes]
+    with figure(
+        path, width=9.0, height=7.0 + changes, nrows=3 + changes, sharex=True, gridspec_kw={"height_ratios": heights}
+    ) as panels:
+        queue, cache, rate = panels[:3]
+        queue.plot(middle, series.running, label="running", **style(0), **spaced)
+        queue.plot(middle, series.waiting, label="waiting", **style(1), **spaced)
         queue.set_ylabel("requests")
-        cache.plot(middle, 100 * series.kv_utilisation, label="KV blocks held", **style(2))
-        cache.plot(middle, 100 * series.utilisation, label="time in steps", **style(3))
+        cache.plot(middle, 100 * series.kv_utilisation, label="KV blocks held", **style(2), **spaced)
+        cache.plot(middle, 100 * series.utilisation, label="time in steps", **style(3), **spaced)
         cache.set_ylabel("share [%]")
-        rate.plot(middle, series.output_tokens_per_s, label="output tokens/s", **style(0))
-        rate.set(ylabel="output tokens/s", xlabel="time [s]")
+        rate.plot(middle, series.output_tokens_per_s, label="output tokens/s", **style(0), **spaced)
+        rate.set_ylabel("output tokens/s")
+        rate.yaxis.set_major_formatter("{x:,.0f}")
         wait = rate.twinx()
+        wait.spines["right"].set_visible(True)
+        # an interval without arrivals breaks the line, so every marker is drawn
         wait.plot(middle, series.ttft_s, label="mean TTFT of arrivals (right)", **style(1))
         wait.set_ylabel("TTFT [s]")
         for axes in (queue, cache, rate, wait):
@@ -264,5 +286,15 @@ def over_time(series: Series, path: Path) -> None:
         rate.legend(lines, [line.get_label() for line in lines], frameon=False, ncols=2, loc="upper left")
         for axes in (queue, cache):
             axes.legend(frameon=False, ncols=2, loc="upper left")
-        for axes in (queue, cache, rate):
+        if changes:
+            times, counts = zip(*scaling, (series.edges_s[-1], scaling[-1][1]), strict=True)
+            panels[3].step(times, counts, where="post", color=style(0)["color"])
+            panels[3].set(ylabel="replicas", ylim=(0, max(counts) + 1))
+            panels[3].yaxis.get_major_locator().set_params(integer=True)
+        for axes in panels:
             axes.grid(alpha=0.25)
+            for edge in stage_edges_s:
+                axes.axvline(edge, color="#555555", linewidth=0.8, linestyle=":")
+        panels[-1].set_xlabel("time [s]")
+        if title:
+            queue.set_title(title, loc="left", fontsize=10)

@@ -14,20 +14,37 @@ from simmoe import units
 from simmoe.metrics import Quantiles
 from simmoe.report.text import metrics_json, metrics_table
 from simmoe.simulation import Simulated
+from simmoe.specs.deployment import Deployment
 from simmoe.specs.traces import offered_per_s
 from simmoe.specs.workload import Workload
+
+
+def layout_text(d: Deployment) -> str:
+    """Devices' part in the work, in words."""
+    return (
+        f"(tp {d.tp_size}, ep {d.ep}, dp {d.dp}, pp {d.pp}, {d.replicas} replica{'s' * (d.replicas > 1)}), "
+        f"engine {d.engine}{f', speculative decoding ({d.speculative.in_words()})' if d.speculative else ''}"
+    )
+
+
+def title(result: Simulated) -> str:
+    """The run in two lines: model, devices and layout; the load."""
+    s = result.scenario
+    return (
+        f"{s.model.name} on {s.deployment.gpus} x {s.hardware.device.name} {layout_text(s.deployment)}\n"
+        f"{load_text(s.workload)}; {s.workload.input.mean:.4g} input and {s.workload.output.mean:.4g} output tokens "
+        f"({s.workload.input.kind}/{s.workload.output.kind})"
+    )
 
 
 def table(result: Simulated) -> RenderableType:
     """The answer to `simmoe simulate`: what was assumed, rates, latencies, stages, notes."""
     s, m = result.scenario, result.metrics
-    d = s.deployment
+    apart = s.cluster.disaggregation
+    decoding = f"decoding apart on {apart.decode.gpus} devices {layout_text(apart.decode)}\n" if apart else ""
     head = Text(
-        f"{s.model.name} on {d.gpus} x {s.hardware.device.name} (tp {d.tp_size}, ep {d.ep}, dp {d.dp}, pp {d.pp}, "
-        f"{d.replicas} replica{'s' * (d.replicas > 1)}), engine {d.engine}"
-        f"{f', speculative decoding ({d.speculative.in_words()})' if d.speculative else ''}\n"
-        f"{load_text(s.workload)}; {s.workload.input.mean:.4g} input and {s.workload.output.mean:.4g} output tokens "
-        f"({s.workload.input.kind}/{s.workload.output.kind})\n"
+        f"{title(result)}\n"
+        f"{decoding}"
         f"{m.requests} requests measured in {len(result.runs)} run{'s' * (len(result.runs) > 1)} of "
         f"{units.text(result.runs[0].end_s, 's')}, seed {s.run.seed}\n"
     )
@@ -46,12 +63,19 @@ def table(result: Simulated) -> RenderableType:
     ):
         interval = m.interval_90.get(key)
         rates.add_row(label, value, f"90 %: {_rate(interval[0])} .. {_rate(interval[1])}" if interval else "")
+    if s.cluster.autoscaling is not None or s.cluster.failures is not None:
+        run = result.runs[0]
+        most = max(count for _, count in run.scaling)
+        rates.add_row("replicas on, mean / most", f"{run.replica_s / run.end_s:.3g} / {most}", "")
     if m.goodput_requests_per_s is not None:
         rates.add_row("goodput, requests/s", f"{m.goodput_requests_per_s:,.4g}", "")
     parts: list[RenderableType] = [head, rates, Text(""), metrics_table(m)]
     named = [(name, m.interval_90[name]) for name in ("ttft", "tpot", "e2e") if name in m.interval_90]
     if named:
-        shown = ", ".join(f"{n.upper()} {units.text(lo, 's')} .. {units.text(hi, 's')}" for n, (lo, hi) in named)
+        # of few batches an interval reaches below 0, where no latency is
+        shown = ", ".join(
+            f"{n.upper()} {units.text(max(0.0, lo), 's')} .. {units.text(hi, 's')}" for n, (lo, hi) in named
+        )
         source = "across runs" if len(result.runs) > 1 else "batch means"
         parts.append(Text(f"means within (90 %, {source}, of queueing only): {shown}"))
     if result.stages:

@@ -49,6 +49,8 @@ def trace_events(run: SimulationResult) -> Iterator[dict[str, Any]]:
         yield _name("process_name", rank + 1, f"rank {rank}")
         yield _name("thread_name", rank + 1, "steps")
     yield from _waiting(run)
+    for time, replicas in run.scaling:
+        yield _counter("replicas", CLUSTER, time * 1e6, {"on": float(replicas)})
     log = run.steps
     start_us, wide_us = log.start_s * 1e6, log.duration_s * 1e6
     columns = zip(
