@@ -25,6 +25,7 @@ from simmoe.provenance import Provenance, stamp
 from simmoe.series import Series, StageMetrics, interval_series, stage_metrics
 from simmoe.sim.cluster import SimulationResult, simulate
 from simmoe.sim.disaggregated import Handover, transfer_of
+from simmoe.sim.offload_books import bookkeeping_of
 from simmoe.sim.pool import PoolSetup
 from simmoe.specs.engines import EngineParameters
 from simmoe.specs.scenario import Scenario
@@ -116,6 +117,7 @@ def run_scenario(scenario: Scenario, done: Callable[[int, int], None] = lambda _
     requests = plan.requests
     if requests is None and plan.duration is None and not _ends(s.workload):
         requests = DEFAULT_REQUESTS
+    parameters = parts.engine.parameters
     runs = []
     for i in range(plan.replications):
         runs.append(
@@ -132,10 +134,10 @@ def run_scenario(scenario: Scenario, done: Callable[[int, int], None] = lambda _
                 cluster=s.cluster,
                 handover=handover,
                 tier=host_tier_of(s.model, s.deployment, s.hardware),
+                bookkeeping=bookkeeping_of(s.model, s.deployment, parameters),
             )
         )
         done(i + 1, plan.replications)
-    parameters = parts.engine.parameters
     seen = [_as_seen(run, s, parameters) for run in runs]
     return Simulated(
         scenario=s,
@@ -249,6 +251,7 @@ def _handover(s: Scenario) -> Handover | None:
         deployment=rule.decode,
         kv_tokens=parts.memory.kv_tokens,
         tier=host_tier_of(s.model, rule.decode, s.hardware),
+        bookkeeping=bookkeeping_of(s.model, rule.decode, parts.engine.parameters),
     )
     return Handover(decode=setup, transfer=transfer_of(s.model, s.deployment, rule, s.hardware))
 

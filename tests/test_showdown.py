@@ -5,20 +5,24 @@ from __future__ import annotations
 import csv
 import gzip
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
+from simmoe.sim.offload_books import bookkeeping_of
 from simmoe.simulation import run_scenario
+from simmoe.specs.engines import engine_parameters
 from simmoe.specs.scenario import load_scenario
 from simmoe.validation import run as validation_run
-from simmoe.validation import showdown, showdown_fit
+from simmoe.validation import showdown, showdown_fit, showdown_scenarios
 from simmoe.validation.showdown_runs import Run, read_runs
+from simmoe.validation.showdown_scenarios import scenario_of
 from simmoe.validation.showdown_table import large_misses
 from simmoe.validation.summary import summarise
 
+SHIPPED = Path(__file__).parents[1] / "validate" / "vllm_showdown"
 ROW = {
     "exp_id": "x1",
     "series": "test",
@@ -200,15 +204,16 @@ def test_pool_in_host_memory_has_the_blocks_that_were_logged_or_fit(tmp_path: Pa
     rows = [{}, {"exp_id": "x2", "cpu_offload": "1"}, {"exp_id": "x3", "cpu_offload": "1", "cpu_kv_blocks": "77"}]
     runs = read_runs(folder(tmp_path, *rows))[0]
     per_block = 16 * 48 * (4 / 2) * 2 * 128 * 2  # tokens, layers, KV heads on a device, keys and values, width, B
-    assert [run.host_blocks for run in runs] == [0, int(8 * 2**30 // per_block), 77]
+    books = [bookkeeping_of(run.model, run.deployment, showdown.parameters_for(run)) for run in runs]
+    assert [kept and kept.blocks for kept in books] == [None, int(8 * 2**30 // per_block), 77]
 
 
 def test_overfilled_pool_in_host_memory_slows_the_run(tmp_path: Path) -> None:
-    rows = [{"cpu_offload": "1", "output_tokens_nominal": "400"}, {"exp_id": "x2", "output_tokens_nominal": "400"}]
-    runs = read_runs(folder(tmp_path, *[row | {"stages": "40rps*10s"} for row in rows]))[0]
-    small = replace(runs[0], host_blocks=1_000)
-    parameters = showdown.parameters_for(small).vary(offload_entry_time=4e-7)
-    slow, free, none = (showdown.predict_run(run, parameters)["all"].itl_mean for run in (small, *runs))
+    rows = [{"cpu_kv_blocks": "1000"}, {"exp_id": "x2"}, {"exp_id": "x3", "cpu_offload": ""}]
+    same = {"cpu_offload": "1", "output_tokens_nominal": "400", "stages": "40rps*10s"}
+    runs = read_runs(folder(tmp_path, *[same | row for row in rows]))[0]
+    parameters = showdown.parameters_for(runs[0]).vary(offload_entry_time=4e-7)
+    slow, free, none = (showdown.predict_run(run, parameters)["all"].itl_mean for run in runs)
     assert free == pytest.approx(none, rel=5e-3)
     assert slow > 1.3 * none
 
@@ -276,10 +281,60 @@ def test_large_misses_name_run_and_figure(tmp_path: Path) -> None:
 
 
 def test_a_scenario_simulates_what_is_validated() -> None:
-    shipped = Path(__file__).parents[1] / "validate" / "vllm_showdown"
-    run = next(run for run in read_runs(shipped)[0] if run.name == "gt02")
-    validated = showdown.predict_run(run)["all"]
-    metrics = run_scenario(load_scenario(shipped / "scenarios" / "gt02.yaml")).metrics
-    assert metrics.ttft.mean * 1e3 == pytest.approx(validated.ttft_mean, rel=1e-9)
-    assert metrics.ttft.p99 * 1e3 == pytest.approx(validated.ttft_p99, rel=1e-9)
-    assert metrics.e2e.mean * 1e3 == pytest.approx(validated.e2e_mean, rel=1e-9)
+    run = next(run for run in read_runs(SHIPPED)[0] if run.name == "gt02")
+    agree(run, SHIPPED / "scenarios" / "gt02.yaml", rel=1e-9)
+
+
+@pytest.mark.slow
+def test_a_scenario_of_an_overfull_pool_simulates_what_is_validated() -> None:
+    """At the client's time limit only the whole run agrees; its scenario goes on with those who gave up."""
+    run = next(run for run in read_runs(SHIPPED)[0] if run.name == "gt12")
+    _, served_s = showdown._played(run, showdown.parameters_for(run))
+    result = run_scenario(load_scenario(SHIPPED / "scenarios" / "gt12.yaml"))
+    assert result.runs[0].requests.finished_s == pytest.approx(served_s, rel=1e-9)
+
+
+def test_the_shipped_scenarios_are_what_is_written_of_the_runs() -> None:
+    for run in read_runs(SHIPPED)[0]:
+        text = (SHIPPED / "scenarios" / f"{run.name}.yaml").read_text(encoding="utf-8")
+        assert yaml.safe_load(text) == scenario_of(run), run.name
+
+
+def test_a_scenario_has_the_deployment_and_the_engine_of_its_run() -> None:
+    for run in read_runs(SHIPPED)[0]:
+        told = load_scenario(SHIPPED / "scenarios" / f"{run.name}.yaml").deployment
+        assert told.vary(engine_overrides=None, host_time_per_step=None) == run.deployment, run.name
+        engine = engine_parameters(told, run.hardware.device.name)
+        numbers = {name: value for name, value in engine.model_dump().items() if isinstance(value, int | float)}
+        if run.deployment.kv_offload is None:
+            numbers["offload_entry_time"] = showdown.parameters_for(run).offload_entry_time
+        assert numbers == {name: getattr(showdown.parameters_for(run), name) for name in numbers}, run.name
+
+
+def test_a_written_scenario_keeps_the_books_of_its_pool(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"idx": i, "stage": 0, "arrival_s": 0.02 * i, "prompt_id": i % 100, "input_tokens": 500, "output_tokens": 398}
+        for i in range(300)
+    ]
+    run_row = {"cpu_offload": "1", "cpu_kv_blocks": "1000", "output_tokens_nominal": "400", "trace_file": "x1.csv.gz"}
+    path = folder(tmp_path, run_row, trace=rows)
+    (path / "scenarios").mkdir()
+    showdown_scenarios.write(path)
+    file = path / "scenarios" / "x1.yaml"
+    run = only(path)
+    kept = agree(run, file, rel=1e-9)
+    told = yaml.safe_load(file.read_text(encoding="utf-8"))
+    told["deployment"]["engine_overrides"]["offload_entry_time"] = "400 ns"
+    file.write_text(yaml.safe_dump(told), encoding="utf-8")
+    slower = agree(run, file, rel=1e-9, offload_entry_time=4e-7)
+    assert slower > 1.3 * kept
+
+
+def agree(run: Run, scenario: Path, rel: float, **changes: float) -> float:
+    """Compare `simmoe simulate` with what is validated; the mean time of a request. [ms]"""
+    validated = showdown.predict_run(run, showdown.parameters_for(run).vary(**changes))["all"]
+    metrics = run_scenario(load_scenario(scenario)).metrics
+    assert metrics.ttft.mean * 1e3 == pytest.approx(validated.ttft_mean, rel=rel)
+    assert metrics.ttft.p99 * 1e3 == pytest.approx(validated.ttft_p99, rel=rel)
+    assert metrics.e2e.mean * 1e3 == pytest.approx(validated.e2e_mean, rel=rel)
+    return validated.e2e_mean

@@ -14,6 +14,7 @@ from simmoe.engine.step import Batch
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.measurement import read_table
+from simmoe.specs.mechanisms import Exchange
 
 PROFILES = Path(__file__).parents[1] / "profiles"
 H100 = "NVIDIA H100 SXM5 80GB"
@@ -67,3 +68,28 @@ def test_an_engine_without_tuned_tiles_for_a_shape_takes_longer():
     tuned, default = (Engine(hardware, model, deployment).step(prefill) for hardware in (h100, unknown))
     assert default.routed_experts_s > 1.3 * tuned.routed_experts_s
     assert default.attention_s == tuned.attention_s
+
+
+def test_older_vllm_runs_its_default_tiles_where_it_shipped_none():
+    """Mixtral's experts whole on a device (E=2, N=14336) have no tiles in vLLM up to 0.16; sliced by two they have."""
+    h100, mixtral = load_hardware("h100"), load_model("mixtral-8x7b")
+    whole = Deployment(gpus=4, tp=2, dp=2, ep=4, exchange=Exchange(algorithm="gather"))
+    sliced = Deployment(gpus=2, tp=2)
+
+    def experts_s(deployment: Deployment, version: str | None) -> float:
+        engine = Engine(h100, mixtral, deployment.vary(engine_version=version))
+        return engine.step(Batch(64, 64_000)).routed_experts_s
+
+    for version in ("0.14.0", "0.15.1", "v0.16.0"):
+        assert experts_s(whole, version) > 1.2 * experts_s(whole, None)
+        assert experts_s(sliced, version) == experts_s(sliced, None)
+    for version in ("0.17.0", "0.24", None):
+        assert experts_s(whole, version) == experts_s(whole, None)
+
+
+def test_default_tiles_of_another_engine_or_format_do_not_stand_in():
+    assert tuned_tiles.older_kernel("vllm", "0.15.1", "fp8") is None
+    assert tuned_tiles.older_kernel("sglang", "0.4.6", "bfloat16") is None
+    number, variant = tuned_tiles.older_kernel("vllm", "0.15.1", "bfloat16")
+    assert number == tuned_tiles.list_number("vllm_fused_moe", "bfloat16")
+    assert variant["kernel_source"] == "sglang_fused_moe_triton"

@@ -35,7 +35,7 @@ class HostTier:
 
 
 def host_tier_of(model: Model, deployment: Deployment, hardware: Hardware) -> HostTier | None:
-    """The deployment's tier; None if it has none.
+    """The deployment's tier; None if it has none, or one whose loads are not modelled (``copies: filled``).
 
     A device of 128 kB a token (Llama-3.1-8B in bf16) reads 4096 tokens over 64 GB/s in 8.4 ms.
 
@@ -45,7 +45,7 @@ def host_tier_of(model: Model, deployment: Deployment, hardware: Hardware) -> Ho
         If the hardware describes no host link.
     """
     rule = deployment.kv_offload
-    if rule is None:
+    if rule is None or rule.copies == "filled":
         return None
     if hardware.host_link is None:
         raise SpecError(f"{hardware.name}: kv_offload needs host_link in the hardware, e.g. {{bandwidth: 64 GB/s}}")

@@ -9,6 +9,7 @@ in host memory add their parts. Left out: what follows for quality. Checked in t
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -251,8 +252,29 @@ class MoeLayers:
         asked = {"dtype": p.dtype, "kernel_source": source} if source else {"dtype": p.dtype}
         fit = self.times.choose(experts.MOE, asked)
         bound = tuned_tiles.list_number(fit.variant.get("kernel_source"), p.dtype) if fit else 0.0
+        older = tuned_tiles.older_kernel(d.engine, d.engine_version, p.dtype)
+        if fit and not bound and older is not None:
+            bound, variant = self._untuned(features, *older)
+            asked |= variant
         features = {**features, "tile_list": np.full_like(local, bound)}
         return self.times.seconds(experts.MOE, features, cold=True, **asked)
+
+    def _untuned(
+        self, features: Features, number: float, stand_in: Mapping[str, str]
+    ) -> tuple[float, Mapping[str, str]]:
+        """List and variant of an older engine's kernel, if it shipped no tiles for this shape; else 0 and nothing."""
+        names = (features[name].ravel()[:1] for name in ("tokens", "local_experts", "inter"))
+        device = self.times.hardware.device.name
+        if not tuned_tiles.fixed_rows(np.array([number]), device, *names).any():
+            return 0.0, {}
+        fit = self.times.choose(experts.MOE, {"dtype": self.precision.experts.dtype, **stand_in})
+        if fit is None or fit.variant.get("kernel_source") != stand_in["kernel_source"]:
+            return 0.0, {}
+        version = f"{self.deployment.engine} {self.deployment.engine_version}"
+        self.times.notes[
+            f"moe: {version} has no tiles for this shape; {stand_in['framework']}'s kernel, with the same default ones"
+        ] = None
+        return number, stand_in
 
     def _low_latency(self, per_rank: Array) -> NDArray[np.bool_]:
         chosen = self.deployment.exchange

@@ -20,7 +20,11 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from simmoe.costs.memory import kv_bytes_per_token
 from simmoe.sim.scheduler import Request, Scheduler
+from simmoe.specs.deployment import Deployment
+from simmoe.specs.engines import EngineParameters
+from simmoe.specs.model import Model
 
 SMALL_POOL = 1024
 """Entries up to which a walk stays in the core's cache. Beyond, an entry takes longer with the square root of their
@@ -43,6 +47,15 @@ class Bookkeeping:
 
     blocks: int
     entry_s: float
+
+
+def bookkeeping_of(model: Model, deployment: Deployment, parameters: EngineParameters) -> Bookkeeping | None:
+    """The books a deployment's scheduler keeps; None where it has no such pool, or they take no time."""
+    rule = deployment.kv_offload
+    if rule is None or rule.copies != "filled" or not parameters.offload_entry_time:
+        return None
+    per_block = deployment.kv_block_size * kv_bytes_per_token(model, deployment) * deployment.devices_per_replica
+    return Bookkeeping(blocks=int(rule.host_memory / per_block), entry_s=parameters.offload_entry_time)
 
 
 class OffloadBooks:

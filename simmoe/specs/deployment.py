@@ -42,6 +42,8 @@ class EngineOverrides(Spec):
     front_end_time_per_request: Seconds | None = None
     front_end_time_per_token: Seconds | None = None
     nucleus_time: Seconds | None = None
+    offload_entry_time: Seconds | None = None
+    shared_beside_tokens: int | None = Field(default=None, ge=0, description="Most tokens of a second stream's step.")
     steps_ahead: int | None = Field(default=None, ge=0, le=1, description="0: no asynchronous scheduling.")
     pads_to_graphs: bool | None = None
 

@@ -59,6 +59,9 @@ class KvOffload(Spec):
     being computed. With ``swap`` a preempted request's blocks go there too, and come back instead of being computed
     again, while there is room. ``layerwise``: a layer computes as soon as its own part is there, so that a step takes
     the longer of loading and computing (SGLang's HiCache); else it computes after loading.
+    ``copies: filled`` is vLLM's offloading connector: blocks are copied as they fill, and keeping the books of the pool
+    takes the scheduler time (`simmoe.sim.offload_books`), much once running requests hold more blocks than the pool;
+    loads back are left out.
     """
 
     host_memory: Bytes = Field(gt=0, description="Of one replica, over all its devices. [B]")
@@ -67,6 +70,13 @@ class KvOffload(Spec):
     )
     layerwise: bool = True
     swap: bool = False
+    copies: Literal["evicted", "filled"] = Field(default="evicted", description="Which blocks go there.")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> KvOffload:
+        if self.swap and self.copies == "filled":
+            raise ValueError("swap is for copies: evicted; with copies: filled preempted requests are computed again")
+        return self
 
 
 class Offload(Spec):

@@ -29,7 +29,7 @@ from simmoe.errors import CapacityError, SimmoeError
 from simmoe.metrics import RequestTable
 from simmoe.sim.arrivals import Recorded
 from simmoe.sim.cluster import simulate
-from simmoe.sim.offload_books import Bookkeeping
+from simmoe.sim.offload_books import bookkeeping_of
 from simmoe.sim.ticks import to_ticks
 from simmoe.specs.engines import EngineParameters
 from simmoe.specs.measurement import read_table
@@ -53,7 +53,8 @@ QUANTITIES = {
 }
 _Z90 = 1.6449
 #: What vLLM's code says rather than an estimate. Asynchronous scheduling is on by default since 0.14; batches are
-#: padded to captured graphs; top-p sampling sorts the vocabulary in PyTorch. Its bytes, counted: a radix sort of 4 B
+#: padded to captured graphs. A shared expert on a second stream hides nothing here: Scout's shared and routed experts
+#: both wait for their weights. Top-p sampling sorts the vocabulary in PyTorch. Its bytes, counted: a radix sort of 4 B
 #: keys with 8 B values in four passes and one by row (128), their preparation and unpacking (44), softmax, running sum,
 #: mask and scatter (50), temperature, softmax, noise and maximum (42), together 264 B a logit; taken at 80 % of the
 #: bandwidth.
@@ -139,29 +140,21 @@ def predict_run(run: Run, parameters: EngineParameters | None = None) -> dict[st
 
 
 def _played(run: Run, parameters: EngineParameters) -> tuple[RequestTable, NDArray[np.float64]]:
-    """A run's requests as their clients see them, and when the engine was done with each. [s]
-
-    A dense model's data-parallel ranks are engines of their own, dealt the requests in turns; only those of MoE models
-    step together (vLLM's ``run_engine_core``).
-    """
-    deployment = run.deployment if run.is_moe else run.deployment.vary(dp=1)
+    """A run's requests as their clients see them, and when the engine was done with each. [s]"""
+    deployment = run.deployment
     engine = Engine(run.hardware, run.model, deployment, parameters=parameters)
     prompt = float(run.input_tokens.mean())
     table = step_table(engine, mean_context=prompt + run.output_tokens / 2, prompt_tokens=prompt)
-    blocks = run.kv_blocks
-    if blocks is None:
-        blocks = footprint(run.model, deployment, run.hardware).kv_tokens_per_rank // deployment.kv_block_size
-    books = Bookkeeping(blocks=run.host_blocks, entry_s=parameters.offload_entry_time) if run.host_blocks else None
     result = simulate(
         table,
         Workload(rate=1.0, input=Lengths(mean=prompt), output=Lengths(mean=run.output_tokens)),
         deployment,
-        blocks * deployment.kv_block_size * deployment.dp,
+        footprint(run.model, deployment, run.hardware).kv_tokens,
         requests=len(run.arrival_s),
         warmup=0.0,
         keep_load=False,
         router="least_outstanding" if run.is_moe else "round_robin",
-        bookkeeping=books,
+        bookkeeping=bookkeeping_of(run.model, deployment, parameters),
         recorded=_recorded(run),
     )
     if result.refused:

@@ -72,7 +72,7 @@ def estimate_entry_time(
     ----------
     values, without : what `estimate` found.
     """
-    runs = [run for run in read_runs(folder)[0] if run.overloaded and run.host_blocks]
+    runs = [run for run in read_runs(folder)[0] if run.overloaded and run.deployment.kv_offload]
     measured = _targets(runs, measured_figures(folder))
     fine = np.linspace(ENTRY_TIMES[0], ENTRY_TIMES[-1], 500)
     errors: dict[str, Array] = {}

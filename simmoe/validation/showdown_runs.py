@@ -2,9 +2,9 @@
 
 What a row leaves unsaid is assumed here: 100 prompts used round robin, ten sharing a system prompt each (as the traced
 runs show), prompts 30 tokens above nominal after re-tokenising, experts sliced by tensor parallelism unless
-data-parallel, three seconds between load stages beyond the drain, Poisson arrivals where a trace is not there. Every
-request generates the nominal number of tokens:
-in the traces the time a stream takes does not depend on the length its text has once tokenised again.
+data-parallel and then exchanged as vLLM does by default (``all2all_backend: allgather_reducescatter``), three seconds
+between load stages beyond the drain, Poisson arrivals where a trace is not there. Every request generates the nominal
+number of tokens: in the traces the time a stream takes does not depend on the length its text has once tokenised again.
 KV offload to host memory has a pool of 8 GiB a device where its blocks are not given (all the given ones are).
 Left out: prompts loaded back from it (it holds fewer blocks than pass between two uses of a prompt).
 """
@@ -27,6 +27,7 @@ from simmoe.specs.deployment import Deployment
 from simmoe.specs.hardware import Hardware
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.measurement import Table, read_table
+from simmoe.specs.mechanisms import Exchange, KvOffload
 from simmoe.specs.model import Model
 
 Array = NDArray[np.float64]
@@ -60,8 +61,8 @@ class Run:
     Attributes
     ----------
     overloaded : whether it fell behind its load; None: not said.
-    kv_blocks : blocks of one data-parallel rank as the server logged them; None: not known.
-    host_blocks : blocks of its pool in host memory; 0: no KV offload.
+    trace : name of the file in traces/ its requests are from; None: there is none.
+    load : else rate and duration of each stage. [1/s], [s]
     arrival_s, stage, prompt, input_tokens : per request, in order of arrival. [s], [-], [-], [tokens]
     output_tokens : generated per request. [tokens]
     counted_tokens : output length as the client counts it, for ITL and throughput; None: not said. [tokens]
@@ -76,8 +77,8 @@ class Run:
     model: Model
     hardware: Hardware
     deployment: Deployment
-    kv_blocks: int | None
-    host_blocks: int
+    trace: str | None
+    load: tuple[tuple[float, float], ...]
     arrival_s: Array
     stage: NDArray[np.int64]
     prompt: NDArray[np.int64]
@@ -142,8 +143,8 @@ def _number(row: Mapping[str, str], name: str, default: float) -> float:
 def _run(row: Mapping[str, str], folder: Path, seed: int) -> Run:
     model = _model(row)
     deployment = _deployment(row, model)
-    arrival, stage, prompt, length = _requests(row, folder, np.random.default_rng(seed))
-    blocks = int(_number(row, "gpu_kv_blocks", 0))
+    place = _trace(folder, row.get("trace_file", ""))
+    arrival, stage, prompt, length = _requests(row, place, np.random.default_rng(seed))
     marked = row.get("saturated")
     return Run(
         name=row["exp_id"],
@@ -154,8 +155,8 @@ def _run(row: Mapping[str, str], folder: Path, seed: int) -> Run:
         model=model,
         hardware=load_hardware(row["gpu"]),
         deployment=deployment,
-        kv_blocks=blocks or None,
-        host_blocks=_host_blocks(row, model, deployment),
+        load=() if place else tuple(_load(row["stages"])),
+        trace=None if place is None else place.name,
         arrival_s=arrival,
         stage=stage,
         prompt=prompt,
@@ -180,31 +181,35 @@ def _said(cell: str) -> bool:
 
 
 def _deployment(row: Mapping[str, str], model: Model) -> Deployment:
+    """A run's layout. A dense model's data-parallel ranks are engines of their own (vLLM's ``run_engine_core``)."""
     dp, pp = (int(_number(row, name, 1)) for name in ("dp", "pp"))
     tp = int(_number(row, "tp", 0) or _number(row, "n_gpus", 1) // (dp * pp))
+    ep = _experts_over(row, model, tp, dp)
     checkpoint = row.get("hf_id", row["model"]).rsplit("/", 1)[-1].lower()
     try:
         deployment = Deployment(
             gpus=tp * dp * pp,
             tp=tp,
-            dp=dp,
+            dp=dp if model.experts is not None else 1,
             pp=pp,
-            ep=_experts_over(row, model, tp, dp),
+            ep=ep,
             weight_precision=_PRECISIONS.get(row.get("precision_label", "").upper()),
             max_num_seqs=int(_number(row, "max_num_seqs", MAX_NUM_SEQS)),
             max_num_batched_tokens=int(_number(row, "max_num_batched_tokens", 2048)),
             memory_fraction=_number(row, "gpu_memory_utilization", 0.9),
             kv_block_size=int(_number(row, "kv_block_size", 16)),
+            kv_blocks=int(_number(row, "gpu_kv_blocks", 0)) or None,
             prefix_caching=row.get("prefix_caching", "1") != "0",
             wide_attention=checkpoint.startswith(WIDE_ATTENTION),
             nucleus_sampling=checkpoint.startswith(NUCLEUS),
+            exchange=Exchange(algorithm="gather" if ep > 1 else "auto"),
             engine="vllm",
             engine_version=row.get("engine_version", "").split(" ")[0] or None,
         )
     except ValidationError as problem:
         raise SpecError(problems.describe(problem, Deployment)) from None
     check_layout(model, deployment)
-    return deployment
+    return deployment.vary(kv_offload=_offload(row, model, deployment))
 
 
 def _output_tokens(row: Mapping[str, str]) -> int:
@@ -214,12 +219,13 @@ def _output_tokens(row: Mapping[str, str]) -> int:
     return tokens
 
 
-def _host_blocks(row: Mapping[str, str], model: Model, deployment: Deployment) -> int:
-    """Blocks of a rank's KV pool in host memory: as logged, else what its memory holds."""
+def _offload(row: Mapping[str, str], model: Model, deployment: Deployment) -> KvOffload | None:
+    """The KV pool in host memory, of as many blocks as were logged or its memory holds."""
     if not _said(row.get("cpu_offload", "")):
-        return 0
+        return None
     per_block = kv_bytes_per_token(model, deployment) * deployment.kv_block_size
-    return int(_number(row, "cpu_kv_blocks", 0)) or int(HOST_POOL_BYTES // per_block)
+    each = int(_number(row, "cpu_kv_blocks", 0)) * per_block or HOST_POOL_BYTES
+    return KvOffload(host_memory=each * deployment.devices_per_replica, copies="filled")
 
 
 def _experts_over(row: Mapping[str, str], model: Model, tp: int, dp: int) -> int:
@@ -235,10 +241,9 @@ def _experts_over(row: Mapping[str, str], model: Model, tp: int, dp: int) -> int
 Requests = tuple[Array, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
 
 
-def _requests(row: Mapping[str, str], folder: Path, rng: np.random.Generator) -> Requests:
-    trace = _trace(folder, row.get("trace_file", ""))
+def _requests(row: Mapping[str, str], trace: Path | None, rng: np.random.Generator) -> Requests:
     if trace is not None:
-        return _from_trace(trace, row)
+        return _from_trace(read_table(trace), row)
     output = _output_tokens(row)
     times, stages = [], []
     start = 0.0
@@ -246,12 +251,17 @@ def _requests(row: Mapping[str, str], folder: Path, rng: np.random.Generator) ->
         count = round(rate * seconds)
         times.append(start + np.sort(rng.uniform(0.0, seconds, count)))
         stages.append(np.full(count, number))
-        start += seconds + PAUSE_S + 0.02 * output  # drain: about 20 ms a token
+        start += seconds + pause_s(output)
     arrival = np.concatenate(times)
     if not arrival.size:
         raise MeasurementError(f"stages {row['stages']!r} hold no request")
     prompt = np.arange(arrival.size) % int(_number(row, "unique_prompts", PROMPTS))
     return arrival, np.concatenate(stages), prompt, np.full(arrival.size, _prompt_tokens(row))
+
+
+def pause_s(output_tokens: int) -> float:
+    """From the end of a stage to the next: the last requests' drain, about 20 ms a token, and more. [s]"""
+    return PAUSE_S + 0.02 * output_tokens
 
 
 def _prompt_tokens(row: Mapping[str, str]) -> int:
@@ -273,11 +283,11 @@ def _load(stages: str) -> list[tuple[float, float]]:
     return load
 
 
-def _trace(folder: Path, name: str) -> Table | None:
+def _trace(folder: Path, name: str) -> Path | None:
     """A run's trace as named, in traces/, compressed or not; None: it is not there."""
     stem = Path(name).name.removesuffix(".gz")
     places = (folder / name, *(folder / "traces" / f"{stem}{ending}" for ending in ("", ".gz"))) if name else ()
-    return next((read_table(place) for place in places if place.is_file()), None)
+    return next((place for place in places if place.is_file()), None)
 
 
 def _from_trace(table: Table, row: Mapping[str, str]) -> Requests:

@@ -4,7 +4,9 @@ vLLM and SGLang ship launch configurations per device, expert count and width, f
 was shipped, 16-bit experts get tiles of 16 x 32 while a step has no more tokens than the device has experts, and of
 64 x 64 beyond (``get_default_config``, the same in vLLM 0.14 and SGLang 0.5), which on Hopper take up to twice as long.
 Block-quantised experts are left out: their default tile is as wide as a block, and measures no slower. So is vLLM's
-newer kernel (0.24, another name in the tables): its shapes without tuned tiles measure like those with.
+newer kernel (0.24, another name in the tables): its shapes without tuned tiles measure like those with, since 0.17
+chose better default ones. For an older vLLM on a device where only the newer kernel was measured, SGLang's stands in
+where the shape is not tuned: the same source, with the same default tiles.
 Checked in tests/test_tuned_tiles.py and, row by row, by `simmoe calibrate --report profiles`.
 """
 
@@ -13,10 +15,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib import resources
+from typing import Any
 
 import numpy as np
 import yaml
 from numpy.typing import NDArray
+
+from simmoe.specs.engines import version_numbers
 
 Array = NDArray[np.float64]
 
@@ -52,14 +57,34 @@ def fixed_rows(numbers: Array, device: str, tokens: Array, experts: Array, width
     return np.where((bound > 0) & (tokens <= experts), FEW, bound)
 
 
+def older_kernel(engine: str, version: str | None, dtype: str) -> tuple[float, Mapping[str, str]] | None:
+    """List number of an engine's kernel of that version, and the variant that stands in for it where not measured.
+
+    None: the newest kernel, as a version not known counts, or one of a number format without default tiles.
+    """
+    known = version_numbers(version)
+    for kernel, entry in _lists().items():
+        before = version_numbers(entry.get("before"))
+        if entry.get("engine") == engine and known is not None and before is not None and known < before:
+            number = list_number(kernel, dtype)
+            return (number, entry["stand_in"]) if number else None
+    return None
+
+
+@lru_cache(maxsize=1)
+def _lists() -> Mapping[str, Any]:
+    text = resources.files("simmoe.costs.operators").joinpath("tuned_tiles.yaml").read_text(encoding="utf-8")
+    lists: Mapping[str, Any] = yaml.safe_load(text)
+    return lists
+
+
 @lru_cache(maxsize=1)
 def _shipped() -> Mapping[str, Mapping[str, Array]]:
     """Kernel -> device -> shapes with tuned tiles, each as one number."""
-    text = resources.files("simmoe.costs.operators").joinpath("tuned_tiles.yaml").read_text(encoding="utf-8")
     return {
         kernel: {
             device: np.array([experts * _WIDEST + width for experts, width in pairs], dtype=np.float64)
             for device, pairs in entry["shapes"].items()
         }
-        for kernel, entry in yaml.safe_load(text).items()
+        for kernel, entry in _lists().items()
     }
