@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
+import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
+from simmoe.cli import main as cli
 from simmoe.sim.offload_books import bookkeeping_of
 from simmoe.simulation import run_scenario
 from simmoe.specs.engines import engine_parameters
@@ -102,6 +106,70 @@ def test_unknown_model_is_counted_with_its_reason(tmp_path: Path) -> None:
     outcome = showdown.compare(folder(tmp_path, {}, {"exp_id": "x2", "model": "Nobody-1B", "hf_id": "no/Nobody-1B"}))
     assert len(outcome.skipped) == 1
     assert "Nobody-1B" in next(iter(outcome.skipped))
+
+
+def test_command_takes_experiments_nobody_has_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other models, devices, layouts, limits and loads; what cannot be done is told and the rest compared."""
+    rows = [
+        {"exp_id": "moe-dp", "model": "Mixtral-8x22B", "hf_id": "a/Mixtral-8x22B-v0.1", "tp": "4", "dp": "2"},
+        {"exp_id": "moe-a100", "model": "Phi-3.5-MoE", "hf_id": "", "gpu": "A100-80GB-SXM", "stages": "1rps*60s"},
+        {"exp_id": "moe-fp8", "model": "Llama-4-Scout", "precision_label": "FP8", "gpu": "H200-141GB-SXM"},
+        {
+            "exp_id": "dense",
+            "model": "Qwen3-32B",
+            "hf_id": "Qwen/Qwen3-32B",
+            "tp": "2",
+            "max_num_batched_tokens": "512",
+        },
+        {
+            "exp_id": "dense-dp",
+            "model": "?",
+            "hf_id": "a/Mistral-7B-Instruct-v0.2",
+            "dp": "2",
+            "tp": "1",
+            "gpu": "L40S-48GB",
+        },
+        {"exp_id": "no-cache", "prefix_caching": "0", "max_num_seqs": "16", "cpu_offload": "1"},
+        {"exp_id": "small", "tp": "1", "model": "Llama-2-70B", "hf_id": "a/Llama-2-70b-hf"},
+        {"exp_id": "unknown", "model": "Nobody-1B", "hf_id": "no/Nobody-1B"},
+    ]
+    path = folder(tmp_path, *rows)
+    with (path / "measured.csv").open("a", encoding="utf-8") as file:
+        file.writelines(f"\n{row['exp_id']},all,ttft_p99,60,ms,measured,test" for row in rows)
+    monkeypatch.setattr(sys, "argv", ["simmoe", "validate", str(path), "--json"])
+    with contextlib.suppress(SystemExit):
+        cli.main()
+    told = json.loads(capsys.readouterr().out)
+    counted = {(g["group"], g["quantity"]): g["n"] for g in told["groups"]}
+    for quantity in ("e2e_mean", "ttft_mean", "itl_mean", "ttft_p99", "output_tokens_per_s"):
+        assert counted["vllm_showdown/simmoe/all", quantity] == 6
+        assert counted["vllm_showdown/simmoe/moe", quantity] == 4
+    skipped = json.dumps(told["skipped"])
+    assert "small: CapacityError: Llama-2-70B in bfloat16 needs" in skipped
+    assert "unknown: SpecError: model 'no/Nobody-1B' is not known" in skipped
+
+
+def test_more_of_a_resource_is_never_slower(tmp_path: Path) -> None:
+    """Devices, bandwidth, cached prompts, narrower weights; and a higher rate is never quicker."""
+    runs = read_runs(
+        folder(
+            tmp_path,
+            {"exp_id": "base", "stages": "4rps*60s"},
+            {"exp_id": "tp4", "stages": "4rps*60s", "tp": "4"},
+            {"exp_id": "h200", "stages": "4rps*60s", "gpu": "H200-141GB-SXM"},
+            {"exp_id": "fp8", "stages": "4rps*60s", "precision_label": "FP8"},
+            {"exp_id": "a100", "stages": "4rps*60s", "gpu": "A100-80GB-SXM"},
+            {"exp_id": "uncached", "stages": "4rps*60s", "prefix_caching": "0"},
+            {"exp_id": "busy", "stages": "16rps*60s"},
+            {"exp_id": "few seats", "stages": "16rps*60s", "max_num_seqs": "16"},
+        )
+    )[0]
+    e2e = {run.name: showdown.predict_run(run)["all"].e2e_mean for run in runs}
+    assert max(e2e["tp4"], e2e["h200"], e2e["fp8"]) < e2e["base"]
+    assert e2e["base"] < min(e2e["a100"], e2e["uncached"], e2e["busy"])
+    assert e2e["busy"] < e2e["few seats"]
 
 
 def test_overloaded_runs_stand_apart(tmp_path: Path) -> None:
