@@ -151,6 +151,30 @@ def test_what_is_advised_does_fit_and_half_of_it_does_not():
     assert footprint(V3, Deployment(gpus=8), H200).kv_tokens > 300_000
 
 
+@pytest.mark.parametrize(
+    ("name", "hardware", "advised"),
+    [("mixtral-8x7b", H100, "fp8"), ("qwen3-30b-a3b", load_hardware("rtx4090"), "int4"), ("deepseek-v3", H100, None),
+     ("mixtral-8x7b", load_hardware("a100"), "int8")],
+)  # fmt: skip
+def test_a_narrower_format_is_advised_where_it_makes_the_layout_fit(name, hardware, advised):
+    model = load_model(name)
+    with pytest.raises(CapacityError) as caught:
+        footprint(model, Deployment(), hardware)
+    assert (f"as laid out, --precision {advised}" in str(caught.value)) == (advised is not None)
+    if advised is not None:
+        assert footprint(model, Deployment(weight_precision=advised), hardware).kv_tokens > 0
+
+
+def test_what_takes_the_memory_is_named():
+    """Redundant experts, and what drafts: 70.6 B in bf16 over 8 devices."""
+    copies = {"placement": "eplb", "redundant_experts": 256}
+    with pytest.raises(CapacityError, match="with 256 redundant experts needs"):
+        footprint(V3, Deployment(gpus=16, tp=8, dp=2, ep=16, routing=copies), H100)
+    drafts = {"method": "draft", "draft_tokens": 3, "acceptance_rate": 0.6, "draft_model": "llama-3.1-70b"}
+    with pytest.raises(CapacityError, match=r"17\.6 GB there to draft; with .* short\)"):
+        footprint(load_model("qwen3-235b-a22b"), Deployment(gpus=8, speculative=drafts), H100)
+
+
 def test_a_long_context_that_does_not_fit_is_told_as_such():
     with pytest.raises(CapacityError, match=r"leaving KV cache for \d+ tokens where 9000000 are asked for"):
         footprint(LITE, Deployment(), H100, context_tokens=9_000_000)

@@ -328,8 +328,13 @@ def _does_not_fit(
     short = found.weights + found.workspace - found.usable
     n = d.devices_per_replica
     fullest = f", {text(found.weights, 'B')} of them on the fullest of {n} devices" if n > 1 else ""
+    if drafter(model, d) is not None:
+        fullest += (
+            f", {text(found.weights - weights_per_device_bytes(model, d.vary(speculative=None)), 'B')} there to draft"
+        )
+    copies = f" with {d.routing.redundant_experts} redundant experts" if d.routing.redundant_experts else ""
     problem = (
-        f"{model.name} in {precision} needs {text(model_bytes(model, d), 'B')} of weights{fullest}; with "
+        f"{model.name} in {precision}{copies} needs {text(model_bytes(model, d), 'B')} of weights{fullest}; with "
         f"{text(found.workspace, 'B')} of workspace, {'each' if n > 1 else '1 x'} {device} holds "
         f"{text(found.usable, 'B')}"
     )
@@ -342,9 +347,26 @@ def _does_not_fit(
                 f"{context_tokens:.0f} are asked for; raise kv_blocks, or leave it out for what memory leaves"
             )
         problem += f", leaving KV cache for {found.kv_tokens_per_rank} tokens where {context_tokens:.0f} are asked for"
+    narrow = _narrower_that_fits(model, d, hardware, context_tokens)
     best = smallest_that_fits(model, d, hardware, context_tokens=context_tokens)
     if best is None:
-        return f"{problem}. No layout of up to 1024 of them fits; try a narrower weight_precision"
+        remedy = f"as laid out it fits in {narrow}" if narrow else "try a narrower weight_precision"
+        return f"{problem}. No layout of up to 1024 of them fits; {remedy}"
     options = [f"--gpus {best.gpus}", f"--tp {best.tp_size}"]
     options += [f"--{name} {value}" for name in ("dp", "ep", "pp") if (value := getattr(best, name)) > 1]
-    return f"{problem}. Smallest that fits: {best.gpus} x {device} ({' '.join(options)})"
+    else_narrow = f"; as laid out, --precision {narrow}" if narrow else ""
+    return f"{problem}. Smallest that fits: {best.gpus} x {device} ({' '.join(options)}){else_narrow}"
+
+
+def _narrower_that_fits(
+    model: Model, deployment: Deployment, hardware: Hardware, context_tokens: float | None
+) -> str | None:
+    """The widest of the usual quantised formats in which the deployment fits as it is laid out; None: none does."""
+    now = precision_of(model, deployment).experts.weight_bytes
+    for name in ("fp8" if hardware.device.peak.fp8 else "int8", "int4"):
+        candidate = deployment.vary(weight_precision=name)
+        if precision_of(model, candidate).experts.weight_bytes < now:
+            tokens = _footprint(model, candidate, hardware, context_tokens).kv_tokens_per_rank
+            if tokens >= max(1.0, context_tokens or 0.0):
+                return name
+    return None
