@@ -239,6 +239,32 @@ def test_the_picture_and_the_trace_are_written(tmp_path):
     assert trace.stat().st_size > 1000
 
 
+def test_flags_of_traffic_and_scheduling_are_those_of_a_file():
+    base = ("h100", "--rate", "8", "--output", "32", "--requests", "60")
+    plain = as_json(*base)
+    flagged = as_json(*base, "--burstiness", "0.25", "--goodput", "ttft=60ms, tpot=30 ms", "--policy", "sglang")
+    assert flagged["workload"]["arrivals"]["cv"] == 2.0
+    assert flagged["workload"]["objective"] == {"ttft": 0.06, "tpot": 0.03, "e2e": None}
+    assert 0 < flagged["metrics"]["goodput_requests_per_s"] < flagged["metrics"]["requests_per_s"]
+    assert flagged["notes"][0].startswith("scheduling policy sglang")
+    assert flagged["metrics"]["ttft_s"]["p99"] > plain["metrics"]["ttft_s"]["p99"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--goodput", "tftf=3s"), "--goodput 'tftf=3s': 'tftf=3s' is not one of ttft=, tpot=, e2e= with a time"),
+        (("--goodput", "ttft=3"), "--goodput 'ttft=3': ttft: '3' is not in second"),
+        (("--rate", "3", "--burstiness", "0"), "--burstiness: 0 will not do: it should be above 0; 1 is Poisson"),
+        (("--burstiness", "2"), "arrivals belong to an open loop; give rate"),
+        (("--policy", "fifo"), "--policy: 'fifo' will not do: it should be 'vllm', 'trtllm', 'sglang' or 'vllm_v0'"),
+        (("--router", "dice"), "--router: 'dice' will not do: it should be 'round_robin', "),
+    ],
+)
+def test_what_is_wrong_with_a_flag_is_one_line(options, message):
+    assert message in str(run("h100", "--requests", "20", *options).exception)
+
+
 def test_help_shows_examples():
     shown = run("--help").output
     assert "simmoe simulate h100 --model deepseek-v2-lite --rate 8" in shown.replace("\n", " ")

@@ -37,6 +37,10 @@ def simulate(
     replay: Annotated[
         Path | None, typer.Option(help="Play a recorded trace (Azure, BurstGPT, Mooncake, benchmark output ...).")
     ] = None,
+    burstiness: Annotated[
+        float | None, typer.Option(help="Shape of gamma distributed gaps, as in vllm bench serve; below 1: bursts.")
+    ] = None,
+    goodput: Annotated[str | None, typer.Option(help="Count requests within limits: ttft=500ms,tpot=30ms.")] = None,
     requests: Annotated[int | None, typer.Option(min=1, help="Requests measured. [default: 2000, or all]")] = None,
     duration: Annotated[float | None, typer.Option(help="Or: measure who arrives within this time. [s]")] = None,
     warmup: Annotated[str | None, typer.Option(help="Share of requests dropped, or mser. [default: 0.1]")] = None,
@@ -45,6 +49,9 @@ def simulate(
     replications: Annotated[int | None, typer.Option(min=1, help="Independent runs. [default: 1]")] = None,
     router: Annotated[
         str | None, typer.Option(help="round_robin, least_outstanding, power_of_two or prefix_aware.")
+    ] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="Scheduling: vllm, sglang, trtllm or vllm_v0. [default: the engine's]")
     ] = None,
     trace: Annotated[Path | None, typer.Option(help="Write steps, batches, queue, KV use here, for Perfetto.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw queue, batch and KV use over time to this file.")] = None,
@@ -60,7 +67,12 @@ def simulate(
 
     `simmoe simulate h100 --replay AzureLLMInferenceTrace_conv.csv --plot day.png`
 
+    `simmoe simulate h100 --rate 12 --burstiness 0.3 --goodput ttft=500ms,tpot=30ms`
+
     `simmoe simulate scenario.yaml --seed 7`
+
+    What a scenario file may say (traffic, traces, routers, failures, autoscaling, prefill and decode apart), and how
+    everything measured is defined: docs/scenarios.md.
     """
     from simmoe import simulation  # noqa: PLC0415
     from simmoe.report import simulation as simulation_report  # noqa: PLC0415
@@ -72,7 +84,7 @@ def simulate(
     }  # fmt: skip
     traffic: dict[str, Any] = {
         "rate": rate, "concurrency": concurrency, "input_tokens": input_tokens, "output_tokens": output_tokens,
-        "replay": replay,
+        "replay": replay, "burstiness": burstiness, "goodput": goodput,
     }  # fmt: skip
     path = Path(target)
     if path.suffix in {".yaml", ".yml"} and _is_scenario(path):
@@ -101,8 +113,9 @@ def simulate(
     if requests is not None or duration is not None:
         changes |= limits
     described = described.vary(run=flags.checked(described.run, changes))
-    if router is not None:
-        described = described.vary(cluster=flags.checked(described.cluster, {"router": router}))
+    rules = {name: value for name, value in (("router", router), ("policy", policy)) if value is not None}
+    if rules:
+        described = described.vary(cluster=flags.checked(described.cluster, rules))
     with console.progress() as progress:
         task = progress.add_task("simulating", total=described.run.replications)
         result = simulation.run_scenario(described, lambda n, _: progress.update(task, completed=n))

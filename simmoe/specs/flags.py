@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ from simmoe.specs.deployment import Deployment
 from simmoe.specs.routing import routing_values
 from simmoe.specs.speculative import speculative_values
 from simmoe.specs.traces import offered_per_s, workload_of
-from simmoe.specs.workload import Arrivals, Lengths, TraceReplay, Workload
+from simmoe.specs.workload import Arrivals, Lengths, Objective, TraceReplay, Workload
 
 AnySpec = TypeVar("AnySpec", bound=Spec)
 
@@ -92,17 +93,27 @@ def workload_over(
     input_tokens: float | None,
     output_tokens: float | None,
     replay: Path | None = None,
+    burstiness: float | None = None,
+    goodput: str | None = None,
 ) -> Workload:
     """The workload given, the file's or the default one, with the flags that are not None.
 
-    A trace takes the place of lengths and arrivals, unless a rate or concurrency is given beside it.
+    A trace takes the place of lengths and arrivals, unless a rate or concurrency is given beside it. ``burstiness`` is
+    the shape of gamma distributed gaps, ``goodput`` a line of limits, see `objective_of`.
     """
+    own: dict[str, Any] = {}
+    if burstiness is not None:
+        if not 0 < burstiness < math.inf:
+            raise SpecError(f"--burstiness: {burstiness:g} will not do: it should be above 0; 1 is Poisson")
+        own["arrivals"] = Arrivals(kind="gamma", cv=burstiness**-0.5)
+    if goodput is not None:
+        own["objective"] = objective_of(goodput)
     if rate is not None and concurrency is not None:
         raise SpecError("give --rate (open loop) or --concurrency (closed loop), not both")
     if replay is not None:
         if input_tokens is not None or output_tokens is not None:
             raise SpecError("--replay brings its own lengths; leave --input and --output out")
-        return workload_of(TraceReplay(path=str(replay)), rate=rate, concurrency=concurrency)
+        return workload_of(TraceReplay(path=str(replay)), rate=rate, concurrency=concurrency).vary(**own)
     if path is not None:
         base = load.load_workload(path)
     if base is None:
@@ -120,7 +131,29 @@ def workload_over(
     for name, mean in (("input", input_tokens), ("output", output_tokens)):
         if mean is not None:
             values[name] = _build(Lengths, {"mean": mean}, flag=name)
-    return _build(Workload, values)
+    return _build(Workload, values | own)
+
+
+def objective_of(line: str) -> Objective:
+    """Limits on a request's latencies from one line: ``ttft=500ms,tpot=30ms``.
+
+    Raises
+    ------
+    SpecError
+        If a part is not one of ttft, tpot and e2e with a time.
+    """
+    limits: dict[str, str] = {}
+    for part in line.split(","):
+        name, equals, limit = part.partition("=")
+        if not equals or name.strip() not in Objective.model_fields:
+            raise SpecError(
+                f"--goodput {line!r}: {part!r} is not one of ttft=, tpot=, e2e= with a time, e.g. ttft=500ms"
+            )
+        limits[name.strip()] = limit.strip()
+    try:
+        return Objective.model_validate(limits, context={"from_file": True})
+    except ValidationError as problem:
+        raise SpecError(f"--goodput {line!r}: {problems.describe(problem, Objective)}") from None
 
 
 def checked(base: AnySpec, changes: dict[str, Any]) -> AnySpec:
