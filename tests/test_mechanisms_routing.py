@@ -211,6 +211,20 @@ def test_domains_together_are_evener_than_one_alone():
     assert many < 0.6 * one
 
 
+def test_a_mixture_of_domains_is_that_of_tokens_drawn_one_by_one():
+    """Each token picks by its own domain's law: chances mix, not weights, which would wake fewer experts."""
+    shares = (0.6, 0.3, 0.1)
+    rng = np.random.default_rng(0)
+    laws = [rng.permutation(popularity.zipf_weights(128, 1.2)) for _ in shares]  # as the library orders them, seed 0
+    (kind,) = kinds(Routing(popularity="domains", domains=3, exponent=1.2, domain_shares=shares))
+    counts = np.stack([twin.domains(rng, 64, laws, list(shares), 8) for _ in range(80)])
+    load = kind.load(np.array([64.0]))
+    assert load.active_experts[0] == pytest.approx((counts > 0).sum(axis=1).mean(), rel=0.02)
+    assert load.busiest_expert_tokens[0] == pytest.approx(counts.max(axis=1).mean(), rel=0.06)
+    hottest = np.argsort(kind.inclusion)[-5:]
+    assert kind.inclusion[hottest] * 64 == pytest.approx(counts.mean(axis=0)[hottest], rel=0.06)
+
+
 def test_hashing_tokens_balances_only_as_far_as_tokens_are_even():
     """Even token ids leave the noise of vocab / E ids an expert; Zipf ids one expert with the commonest id."""
     even, zipf = (kinds(Routing(popularity="hash", exponent=s), top_k=1)[0].inclusion for s in (0.0, 1.0))

@@ -135,15 +135,14 @@ def layer_kinds(
     groups = (experts.num_groups, experts.top_groups) if grouped else (1, 1)
     rules = _rules(routing, experts, moe_layers, top_k)
     kinds = []
-    laws_now = _weights(routing, experts, pool, vocab)
-    laws_then = laws_now
+    now = then = _laws(routing, experts, pool, vocab)
     if routing.placed_shares is not None:
-        laws_then = _weights(routing.vary(domain_shares=routing.placed_shares), experts, pool, vocab)
-    for (share, weights), (_, weights_then) in zip(laws_now, laws_then, strict=True):
+        then = _laws(routing.vary(domain_shares=routing.placed_shares), experts, pool, vocab)
+    for (share, law), (_, law_then) in zip(now, then, strict=True):
         for layers, shares, pairs in rules:
             woken = sum(j * part for j, part in shares.items())
-            kept = _drifted(routing, _inclusion(weights, shares))
-            placed_by = _inclusion(weights_then, shares)
+            kept = _drifted(routing, _inclusion(law, shares))
+            placed_by = _inclusion(law_then, shares)
             slots, placement = pool, None
             if routing.placement != "contiguous":
                 by = np.full(pool, 1.0) if placed_by is None else placed_by
@@ -211,33 +210,36 @@ def _rules(
     return [(float(moe_layers), {top_k: 1.0}, float(top_k))]
 
 
-def _weights(routing: Routing, experts: Experts, pool: int, vocab: int) -> list[tuple[float, Array | None]]:
-    """(share of layers, selection weights of the pool's experts) of each popularity; None: all alike."""
+#: Selection weights of experts, with the share of tokens that draw by them: one entry, or one for each domain.
+Law = list[tuple[float, Array]]
+
+
+def _laws(routing: Routing, experts: Experts, pool: int, vocab: int) -> list[tuple[float, Law | None]]:
+    """(share of layers, law over the pool's experts) of each kind of layer; None: all alike."""
     rng = np.random.default_rng(routing.seed)
     match routing.popularity:
         case "uniform" | "balanced":
             return [(1.0, None)]
         case "zipf":
             # ids know nothing of popularity: in order of it, rank 0 would hold all favourites
-            return [(1.0, rng.permutation(laws.zipf_weights(pool, routing.exponent)))]
+            return [(1.0, [(1.0, rng.permutation(laws.zipf_weights(pool, routing.exponent)))])]
         case "dirichlet":
             draws = np.maximum(rng.gamma(routing.concentration, size=(routing.layers_drawn, pool)), 1e-12)
-            return [(1.0 / len(draws), draw) for draw in draws]
+            return [(1.0 / len(draws), [(1.0, draw)]) for draw in draws]
         case "domains":
             shares = routing.domain_shares or (1.0 / routing.domains,) * routing.domains
             law = laws.zipf_weights(pool, routing.exponent)
-            mixed = sum((share * rng.permutation(law / law.sum()) for share in shares), np.zeros(pool))
-            return [(1.0, np.asarray(mixed, dtype=np.float64))]
+            return [(1.0, [(share, rng.permutation(law)) for share in shares])]
         case "hash":
             frequency = laws.zipf_weights(vocab, routing.exponent)
             hashed = np.bincount(rng.integers(pool, size=vocab), weights=frequency, minlength=pool) + 1e-12
-            return [(1.0, np.asarray(hashed, dtype=np.float64))]
+            return [(1.0, [(1.0, np.asarray(hashed, dtype=np.float64))])]
         case "counts":
             rows = _counts(routing, experts.num_experts)
             kept = [np.sort(row)[::-1][:pool] if pool < len(row) else row for row in rows]
             # floored at half a token: a count of nothing is no proof of no chance
             native = [laws.inclusion_from_counts(np.maximum(row, 0.5), min(experts.top_k, pool)) for row in kept]
-            return [(1.0 / len(native), laws.weights_from_inclusion(p)) for p in native]
+            return [(1.0 / len(native), [(1.0, laws.weights_from_inclusion(p))]) for p in native]
 
 
 def _counts(routing: Routing, num_experts: int) -> list[Array]:
@@ -258,11 +260,18 @@ def _counts(routing: Routing, num_experts: int) -> list[Array]:
     return rows
 
 
-def _inclusion(weights: Array | None, shares: dict[int, float]) -> Array | None:
-    """Inclusion where tokens take j experts with chance shares[j]; None: all alike."""
-    if weights is None:
+def _inclusion(law: Law | None, shares: dict[int, float]) -> Array | None:
+    """Inclusion where a token draws by one of the law's weights, and takes j experts with chance shares[j].
+
+    None: all alike.
+    """
+    if law is None:
         return None
-    return sum((part * laws.inclusion_from_weights(weights, j) for j, part in shares.items()), np.zeros(len(weights)))
+    total = np.zeros(len(law[0][1]))
+    for part, weights in law:
+        for j, chance in shares.items():
+            total += part * chance * laws.inclusion_from_weights(weights, j)
+    return total
 
 
 def _drifted(routing: Routing, before: Array | None) -> Array | None:

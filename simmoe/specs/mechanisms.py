@@ -80,9 +80,10 @@ class KvOffload(Spec):
 
 
 class Offload(Spec):
-    """Routed experts kept in host memory, with a cache of some on the device; or whole layers streamed.
+    """Routed experts kept in host memory, with a cache of some on the device; or all of them streamed.
 
-    ``stream``: every step fetches all experts of every layer once (ZeRO-Inference), whatever is used.
+    ``stream``: every step fetches all experts of every layer once (ZeRO-Inference, which streams attention too: a few
+    per cent of a MoE), whatever is used.
     """
 
     cached_experts: int = Field(default=0, ge=0, description="Experts of each MoE layer held by a device.")

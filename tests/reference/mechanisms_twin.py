@@ -43,6 +43,12 @@ def entropy_gate(rng: Rng, num_experts: int, top_k: int, share: float, spread: f
     return max(1, min(top_k, math.ceil(share * math.exp(entropy))))
 
 
+def domains(rng: Rng, tokens: int, laws: list[np.ndarray], shares: list[float], top_k: int) -> np.ndarray:
+    """Tokens of each expert when every token belongs to one domain and picks by its law."""
+    which = rng.choice(len(laws), size=tokens, p=shares)
+    return counts_of([sample_choices(rng, 1, laws[m], top_k)[0] for m in which], len(laws[0]))
+
+
 def tasks(rng: Rng, tokens: int, num_experts: int, top_k: int, num_tasks: int) -> np.ndarray:
     """Tokens of each expert when every task has its own k experts."""
     experts_of = [rng.permutation(num_experts)[:top_k] for _ in range(num_tasks)]
