@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,8 @@ from simmoe.output_analysis import BATCHES, batch_means_interval, mean_interval,
 from simmoe.specs.workload import Objective
 
 Array = NDArray[np.float64]
+Counts = NDArray[Any]
+"""Whole numbers, of whatever type holds them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,15 +94,15 @@ class RequestTable:
     ones may be unfinished.
     """
 
-    request: NDArray[np.int64]
-    rank: NDArray[np.int64]
+    request: Counts
+    rank: Counts
     arrival_s: Array
     first_scheduled_s: Array
     first_token_s: Array
     finished_s: Array
-    input_tokens: Array
-    output_tokens: Array
-    preemptions: Array
+    input_tokens: Counts
+    output_tokens: Counts
+    preemptions: Counts
 
     def __len__(self) -> int:
         return len(self.request)
@@ -109,9 +111,14 @@ class RequestTable:
         """The requests selected by a mask."""
         return RequestTable(**{f.name: getattr(self, f.name)[mask] for f in fields(self)})
 
+    def part(self, start: int, stop: int) -> RequestTable:
+        """Consecutive requests, not copied."""
+        return RequestTable(**{f.name: getattr(self, f.name)[start:stop] for f in fields(self)})
+
     def accepted(self) -> RequestTable:
         """Those not refused."""
-        return self.where(self.rank >= 0)
+        taken = self.rank >= 0
+        return self if taken.all() else self.where(taken)
 
     def records(self) -> Iterator[RequestRecord]:
         """One object per request, for readers; computations use the columns."""
@@ -143,7 +150,7 @@ class RequestTable:
     def tpot_s(self) -> Array:
         """Time per output token after the first, per request; nan for a single token. [s]"""
         with np.errstate(invalid="ignore", divide="ignore"):
-            return (self.finished_s - self.first_token_s) / (self.output_tokens - 1)
+            return np.asarray((self.finished_s - self.first_token_s) / (self.output_tokens - 1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,6 +178,9 @@ class StepLog:
     gap_end_s: Array
     gap_s: Array
     gap_count: Array
+    merged_until_s: float = 0.0
+    """Up to then a row stands for many unlike steps, and the time between two tokens of any request is among the gaps;
+    see `simmoe.sim.merging`."""
 
     @property
     def duration_s(self) -> Array:
@@ -208,8 +218,7 @@ def from_records(
     """
     measured = len(requests) if measured is None else min(measured, len(requests))
     drop = mser5(requests.e2e_s[:measured]) if warmup == "mser" else int(warmup * measured)
-    index = np.arange(len(requests))
-    kept = requests.where((index >= drop) & (index < measured))
+    kept = requests.part(drop, measured)
     begin_s = float(kept.arrival_s[0]) if drop else 0.0
     span_s = end_s - begin_s
     row_end_s = steps.start_s + steps.duration_s

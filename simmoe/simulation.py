@@ -97,12 +97,15 @@ class Simulated:
         return stamp(parts, seed=s.run.seed)
 
 
-def run_scenario(scenario: Scenario, done: Callable[[int, int], None] = lambda _, __: None) -> Simulated:
+def run_scenario(
+    scenario: Scenario, done: Callable[[int, int], None] = lambda _, __: None, *, every_step: bool = False
+) -> Simulated:
     """Simulate a scenario.
 
     Parameters
     ----------
     done : told the number of runs finished and of all runs, after each.
+    every_step : whether runs keep every step however many there are, as a trace needs.
 
     Raises
     ------
@@ -135,6 +138,7 @@ def run_scenario(scenario: Scenario, done: Callable[[int, int], None] = lambda _
                 handover=handover,
                 tier=host_tier_of(s.model, s.deployment, s.hardware),
                 bookkeeping=bookkeeping_of(s.model, s.deployment, parameters),
+                every_step=every_step,
             )
         )
         done(i + 1, plan.replications)
@@ -188,7 +192,7 @@ def _as_seen(run: SimulationResult, s: Scenario, parameters: EngineParameters) -
     if not engine.requests:
         return engine
     measured = _measured(run)
-    kept = measured.where(np.arange(len(measured)) >= len(measured) - engine.requests)
+    kept = measured.part(len(measured) - engine.requests, len(measured))
     decoding = s.cluster.disaggregation.decode if s.cluster.disaggregation else s.deployment
     seen = at_client(kept, run.steps, parameters, decoding.dp)
     tpot_s = seen.tpot_s[seen.output_tokens > 1]
@@ -209,7 +213,7 @@ def _as_seen(run: SimulationResult, s: Scenario, parameters: EngineParameters) -
 
 def _measured(run: SimulationResult) -> RequestTable:
     served = run.requests.accepted()
-    return served.where(served.request < run.measured)
+    return served.part(0, int(np.searchsorted(served.request, run.measured)))
 
 
 def _overloads(run: SimulationResult, workload: Workload) -> list[str]:

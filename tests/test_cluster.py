@@ -19,8 +19,8 @@ from simmoe.sim.cluster import simulate
 from simmoe.sim.disaggregated import Handover, Transfer, transfer_of
 from simmoe.sim.policies import POLICIES
 from simmoe.sim.pool import PoolSetup
+from simmoe.sim.request import Request
 from simmoe.sim.routers import ROUTERS, router_named
-from simmoe.sim.scheduler import Request
 from simmoe.specs.cluster import Autoscaling, Cluster, Disaggregation, Failures, PolicyName, RouterName
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.hardware import Link

@@ -16,7 +16,8 @@ from simmoe.errors import SpecError
 from simmoe.sim.cluster import simulate
 from simmoe.sim.kv_cache import BlockPool
 from simmoe.sim.policies import vllm
-from simmoe.sim.scheduler import Request, Scheduler
+from simmoe.sim.request import Request
+from simmoe.sim.scheduler import Scheduler
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.workload import Lengths, Prompts, Workload

@@ -16,7 +16,8 @@ from simmoe.sim.cluster import simulate
 from simmoe.sim.kv_cache import BlockPool
 from simmoe.sim.offload_books import WARNING_ENTRIES, Bookkeeping, OffloadBooks
 from simmoe.sim.policies import vllm
-from simmoe.sim.scheduler import Request, Scheduler
+from simmoe.sim.request import Request
+from simmoe.sim.scheduler import Scheduler
 from simmoe.sim.ticks import to_ticks
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.workload import Lengths, Workload

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from simmoe.sim.kv_cache import BlockPool
 from simmoe.sim.policies import vllm
 from simmoe.sim.prefix_cache import PrefixCache
-from simmoe.sim.scheduler import Request, Scheduler
+from simmoe.sim.request import Request
+from simmoe.sim.scheduler import Scheduler
 
 BLOCK = 4
 

@@ -5,7 +5,8 @@ import pytest
 from simmoe.errors import SpecError
 from simmoe.sim.kv_cache import BlockPool
 from simmoe.sim.policies import policy_named
-from simmoe.sim.scheduler import Request, Scheduler
+from simmoe.sim.request import Request
+from simmoe.sim.scheduler import Scheduler
 
 
 def scheduler(*, kv=1000, block=10, seqs=8, budget=100, policy="vllm"):

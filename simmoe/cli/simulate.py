@@ -118,7 +118,9 @@ def simulate(
         described = described.vary(cluster=flags.checked(described.cluster, rules))
     with console.progress() as progress:
         task = progress.add_task("simulating", total=described.run.replications)
-        result = simulation.run_scenario(described, lambda n, _: progress.update(task, completed=n))
+        result = simulation.run_scenario(
+            described, lambda n, _: progress.update(task, completed=n), every_step=trace is not None
+        )
     if trace is not None:
         from simmoe.sim import chrome_trace  # noqa: PLC0415
 

@@ -83,8 +83,8 @@ class DrawnPool(BlockPool):
         self._blocks.pop(step, None)
 
     def steps_until_short(self, step: int, limit: int) -> int:  # noqa: ARG002 - as for a pool of equal steps
-        """One: the next may differ."""
-        return 1
+        """At most one, for the next may differ."""
+        return int(self.need(step) <= self.free)
 
     def add(self, cached: int, step: int, tokens: Sequence[int], sign: int = 1) -> None:
         """A request with ``cached`` tokens emits ``tokens`` in the steps from ``step`` on; sign -1 takes it back."""

@@ -29,8 +29,10 @@ def write_trace(run: SimulationResult, path: Path) -> None:
     Raises
     ------
     SpecError
-        If the file cannot be written.
+        If the file cannot be written, or the run's steps were merged.
     """
+    if run.steps.merged_until_s:
+        raise SpecError(f"--trace {path}: this run merged its older steps; simulate with every_step=True")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8") as file:

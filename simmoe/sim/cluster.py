@@ -26,8 +26,8 @@ from simmoe.sim.offload_books import Bookkeeping
 from simmoe.sim.pool import Pool, PoolSetup
 from simmoe.sim.recorder import Recorder
 from simmoe.sim.replica import Replica
+from simmoe.sim.request import Request
 from simmoe.sim.routers import router_named
-from simmoe.sim.scheduler import Request
 from simmoe.sim.ticks import S_PER_TICK, to_ticks
 from simmoe.specs.cluster import Cluster
 from simmoe.specs.deployment import Deployment
@@ -86,6 +86,7 @@ def simulate(
     tier: HostTier | None = None,
     bookkeeping: Bookkeeping | None = None,
     recorded: Recorded | None = None,
+    every_step: bool = False,
 ) -> SimulationResult:
     """Play ``requests`` requests (or those that arrive in ``duration_s``) through the deployment's replicas.
 
@@ -118,6 +119,8 @@ def simulate(
         What a rank's scheduler spends on the books of such a pool, see `offload_books`.
     recorded : Recorded, optional
         Arrivals and shapes in place of those the workload, then an open loop, describes.
+    every_step : bool
+        Whether the log keeps every step; otherwise older ones are merged when they are many (`recorder.MOST_ROWS`).
 
     Raises
     ------
@@ -154,7 +157,16 @@ def simulate(
                 f"{limits.max_num_seqs}{rows}: a step could not give every running request a token"
                 f"{' and its drafts' if rows else ''}"
             )
-    run = _Cluster(setup, workload, rules, handover, recorded, router=router or rules.router, seed=seed)
+    run = _Cluster(
+        setup,
+        workload,
+        rules,
+        handover,
+        recorded,
+        Recorder(every_step=every_step),
+        router=router or rules.router,
+        seed=seed,
+    )
     run.run(requests, None if duration_s is None else to_ticks(duration_s), keep_load=keep_load)
     return _result(run, kv_tokens, warmup, seed)
 
@@ -215,10 +227,10 @@ class _Cluster:
 
     def __init__(
         self, setup: PoolSetup, workload: Workload, rules: Cluster, handover: Handover | None,
-        recorded: Recorded | None, *, router: str, seed: int,
+        recorded: Recorded | None, recorder: Recorder, *, router: str, seed: int,
     ) -> None:  # fmt: skip
         self.env = Clock()
-        self.recorder = Recorder()
+        self.recorder = recorder
         self.workload = workload
         self.limit = 0
         """Requests with a lower index are measured."""

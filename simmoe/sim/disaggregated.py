@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from simmoe.costs.memory import kv_bytes_per_token
 from simmoe.sim.clock import At, Clock
 from simmoe.sim.pool import Pool, PoolSetup
-from simmoe.sim.scheduler import Request
+from simmoe.sim.request import Request
 from simmoe.sim.ticks import to_ticks
 from simmoe.specs.cluster import Disaggregation
 from simmoe.specs.deployment import Deployment

@@ -87,6 +87,12 @@ class BlockPool:
             return cycles * self.decoding + sum(due[start:end])
         return cycles * self.decoding + sum(due[start:]) + sum(due[: end - self.period])
 
+    def grow(self, step: int, steps: int) -> int:
+        """Hand out what `need` says, and say it."""
+        need = self.need(step, steps)
+        self.take(need)
+        return need
+
     def steps_until_short(self, step: int, limit: int) -> int:
         """Largest number of decode steps, at most ``limit``, whose blocks are free now."""
         if self.free >= self.decoding * -(-limit * self.stride // self.period) or self.need(step, limit) <= self.free:

@@ -21,7 +21,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from simmoe.costs.memory import kv_bytes_per_token
-from simmoe.sim.scheduler import Request, Scheduler
+from simmoe.sim.request import Request
+from simmoe.sim.scheduler import Scheduler
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.engines import EngineParameters
 from simmoe.specs.model import Model

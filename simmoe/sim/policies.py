@@ -1,7 +1,8 @@
 """Scheduling policies by name: who joins the next engine step.
 
 A policy is a function ``(scheduler, now) -> settled``: it admits and preempts through the scheduler and says whether
-the batch may be repeated until something happens (arrival, completion, blocks running out). See `POLICIES`.
+the batch may be repeated until something happens (arrival, completion, blocks running out). See `POLICIES`. While
+nobody waits, no prompt is unfinished and blocks last, none has anything to decide, and none is asked.
 Prompts found in the prefix cache, or in host memory, are not computed again. Left out: priorities.
 """
 

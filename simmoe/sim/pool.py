@@ -21,8 +21,9 @@ from simmoe.sim.offload_books import Bookkeeping
 from simmoe.sim.policies import POLICY_OF_ENGINE, policy_named
 from simmoe.sim.recorder import Recorder
 from simmoe.sim.replica import Replica
+from simmoe.sim.request import Request
 from simmoe.sim.routers import Router
-from simmoe.sim.scheduler import Request, Scheduler
+from simmoe.sim.scheduler import Scheduler
 from simmoe.sim.ticks import TickTable
 from simmoe.specs.deployment import Deployment
 

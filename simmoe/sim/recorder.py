@@ -1,31 +1,51 @@
-"""What a run leaves behind: one row per request and one per window of like steps, in flat columns of floats.
+"""What a run leaves behind: a row per request and one per window of like steps, in columns.
 
 A window of K decode steps is one row (first step's time, growth per step), so the rows grow with arrivals and
-completions, not with tokens; still every single step's time can be read back exactly.
+completions, not with tokens; still every single step's time can be read back exactly. Beyond `MOST_ROWS` of them the
+log is merged (`merging`) unless every step is asked for, so it stays bounded; requests take 52 B each.
 """
 
 from __future__ import annotations
 
+import sys
 from array import array
 from math import nan
 
 import numpy as np
+from numpy.typing import NDArray
 
 from simmoe.metrics import RequestTable, StepLog
-from simmoe.sim.scheduler import Request
+from simmoe.sim.merging import merged
+from simmoe.sim.request import Request
 from simmoe.sim.ticks import S_PER_TICK
+
+MOST_ROWS = 1 << 18
+"""Rows of steps (80 B each), and of gaps, that are kept one by one: of some 150,000 requests or more."""
+
+_ROW, _GAP, _REQUEST = 10, 3, 9
+_BLOCK = _REQUEST << 14
+_TYPES = (np.int32, np.int32, float, float, float, float, np.int32, np.int32, np.int32)
+"""Of a request's index, rank, four times, input and output tokens, preemptions."""
 
 
 class Recorder:
-    """Appends rows during the run; `requests` and `steps` give them as arrays afterwards."""
+    """Appends rows during the run; `requests` and `steps` give them as arrays afterwards.
 
-    __slots__ = ("_gaps", "_others", "_requests", "_steps")
+    Parameters
+    ----------
+    every_step : whether the log is never merged.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_blocks", "_gaps", "_merged_until_s", "_most", "_requests", "_steps")
+
+    def __init__(self, *, every_step: bool = False) -> None:
         self._requests = array("d")
+        self._blocks: list[tuple[NDArray[np.generic], ...]] = []
+        """Requests before those, in columns of fitting types."""
         self._steps = array("d")
         self._gaps = array("d")
-        self._others: list[tuple[float, ...]] = []
+        self._most = sys.maxsize if every_step else MOST_ROWS
+        self._merged_until_s = 0.0
 
     def served(self, request: Request, rank: int, now: int) -> None:
         """A request had its last token."""
@@ -42,36 +62,45 @@ class Recorder:
                 request.preemptions,
             )
         )
+        if len(self._requests) >= _BLOCK:
+            self._store()
 
     def unfinished(self, request: Request, rank: int) -> None:
         """A request was still here when the run ended."""
-        self._others.append(self._without_end(request, rank))
+        self._without_end(request, rank)
 
     def refused(self, request: Request) -> None:
         """A request can never fit the KV cache."""
-        self._others.append(self._without_end(request, -1))
+        self._without_end(request, -1)
 
-    @staticmethod
-    def _without_end(r: Request, rank: int) -> tuple[float, ...]:
+    def _without_end(self, r: Request, rank: int) -> None:
         admitted, first = (t * S_PER_TICK if t >= 0 else nan for t in (r.admitted, r.first_token))
-        return (
-            r.index,
-            rank,
-            r.arrival * S_PER_TICK,
-            admitted,
-            first,
-            nan,
-            r.input_tokens,
-            r.output_tokens,
-            r.preemptions,
+        self._requests.extend(
+            (
+                r.index,
+                rank,
+                r.arrival * S_PER_TICK,
+                admitted,
+                first,
+                nan,
+                r.input_tokens,
+                r.output_tokens,
+                r.preemptions,
+            )
         )
+
+    def _store(self) -> None:
+        rows = np.array(self._requests).reshape(-1, _REQUEST)
+        self._blocks.append(tuple(column.astype(kind) for column, kind in zip(rows.T, _TYPES, strict=True)))
+        self._requests = array("d")
 
     def window(
         self, rank: int, start: int, steps: int, first: int, growth: int, decodes: int, computed: int, sampled: float,
         running: int, blocks: float,
     ) -> None:  # fmt: skip
         """One rank did ``steps`` like steps; ``blocks`` is their mean use."""
-        self._steps.extend(
+        rows = self._steps
+        rows.extend(
             (
                 rank,
                 start * S_PER_TICK,
@@ -85,27 +114,41 @@ class Recorder:
                 blocks,
             )
         )
+        if len(rows) >= self._most * _ROW:
+            self._merge()
 
     def gap(self, now: int, gap: int, count: int = 1) -> None:
         """``count`` tokens came ``gap`` after the ones before them, more than their step took."""
         self._gaps.extend((now * S_PER_TICK, gap * S_PER_TICK, count))
+        if len(self._gaps) >= self._most * _GAP:
+            self._merge()
+
+    def _merge(self) -> None:
+        rows, gaps = (np.array(kept).reshape(-1, n) for kept, n in ((self._steps, _ROW), (self._gaps, _GAP)))
+        ranks = int(rows[:, 0].max()) + 1
+        self._merged_until_s = float(rows[-1, 1])
+        rows, gaps = merged(rows, gaps, max(1, self._most // (4 * ranks)))
+        self._steps, self._gaps = array("d", rows.tobytes()), array("d", gaps.tobytes())
 
     def requests(self) -> RequestTable:
         """All requests, in order of arrival."""
-        rows = np.array(self._requests, dtype=float).reshape(-1, 9)
-        if self._others:
-            rows = np.concatenate([rows, np.array(self._others, dtype=float)])
-        rows = rows[np.argsort(rows[:, 0], kind="stable")]
+        self._store()
+        blocks, self._blocks = self._blocks, []
+        index = np.concatenate([block[0] for block in blocks])
+        order = np.argsort(index, kind="stable")
+        columns = [np.concatenate([block[i] for block in blocks])[order] for i in range(_REQUEST)]
+        self._blocks = [tuple(columns)]
+        request, rank, arrival, scheduled, first, finished, inputs, outputs, preemptions = columns
         return RequestTable(
-            request=rows[:, 0].astype(np.int64),
-            rank=rows[:, 1].astype(np.int64),
-            arrival_s=rows[:, 2],
-            first_scheduled_s=rows[:, 3],
-            first_token_s=rows[:, 4],
-            finished_s=rows[:, 5],
-            input_tokens=rows[:, 6],
-            output_tokens=rows[:, 7],
-            preemptions=rows[:, 8],
+            request=request,
+            rank=rank,
+            arrival_s=arrival,
+            first_scheduled_s=scheduled,
+            first_token_s=first,
+            finished_s=finished,
+            input_tokens=inputs,
+            output_tokens=outputs,
+            preemptions=preemptions,
         )
 
     def steps(self) -> StepLog:
@@ -126,4 +169,5 @@ class Recorder:
             gap_end_s=gaps[:, 0],
             gap_s=gaps[:, 1],
             gap_count=gaps[:, 2],
+            merged_until_s=self._merged_until_s,
         )

@@ -29,7 +29,8 @@ import simpy
 from simmoe.sim.clock import At, Clock
 from simmoe.sim.offload_books import Bookkeeping, OffloadBooks
 from simmoe.sim.recorder import Recorder
-from simmoe.sim.scheduler import Request, Scheduler
+from simmoe.sim.request import Request
+from simmoe.sim.scheduler import Scheduler
 from simmoe.sim.step_time import lockstep, single_step
 from simmoe.sim.ticks import TickTable, steps_within, to_ticks, window_ticks
 
@@ -75,6 +76,8 @@ class Replica:
         self._bookkeeping = bookkeeping
         self._books: list[OffloadBooks] = []
         self._open_books()
+        self._plan = self._form if bookkeeping is None and not steps_ahead else self._plan_with_host
+        """Forms the next batch; whether there is one."""
         self._alone = replicas == 1
         self._end_priority = FIRST_STEP_END + index
         self._begin_priority = FIRST_STEP_END + replicas
@@ -107,24 +110,25 @@ class Replica:
         """Whether the request alone fits the KV cache of a rank."""
         return self.ranks[0].can_ever_hold(request)
 
-    def _boundary(self, elapsed: int) -> int:
-        """Number of the window's steps that end at the first boundary from ``elapsed`` ticks on; at least one."""
-        steps = steps_within(self._first, self._growth, elapsed)
-        if steps == 0 or window_ticks(self._first, self._growth, steps) < elapsed:
-            steps += 1
-        return steps
+    def _boundary(self, elapsed: int) -> tuple[int, int]:
+        """How many of the window's steps end by the first boundary from ``elapsed`` on, at least one; and when."""
+        first, growth = self._first, self._growth
+        steps = steps_within(first, growth, elapsed)
+        ticks = window_ticks(first, growth, steps)
+        if ticks < elapsed or not steps:
+            return steps + 1, ticks + first + growth * steps
+        return steps, ticks
 
     def _cut(self) -> None:
         """End the window at the first step boundary from now on."""
         elapsed = self.clock.now - self._start
-        steps = self._boundary(elapsed)
+        steps, ticks = self._boundary(elapsed)
         if steps < self._steps:
             self._steps = steps
-            end = window_ticks(self._first, self._growth, steps)
-            self._awaited = At(self.clock, end - elapsed, self._end_priority, self._end)
+            self._awaited = At(self.clock, ticks - elapsed, self._end_priority, self._end)
 
-    def _plan(self, now: int) -> bool:
-        """Form the next batch; whether there is one."""
+    def _plan_with_host(self, now: int) -> bool:
+        """As `_form`, for steps decided ahead, and with the host's time for the books of a KV pool."""
         formed = self._form(now) if self._unseen is None else self._form_ahead(now)
         if formed and self._books:
             self._keep_books()
@@ -156,18 +160,19 @@ class Replica:
 
     def _form(self, now: int) -> bool:
         """Let the schedulers form the next batch of whom they see; whether there is one."""
-        if self._single is not None:
-            steps = self._single.plan(now)
-            first, growth = single_step(self._table, self._single) if steps else (0, 0)
+        single = self._single
+        if single is not None:
+            steps = single.plan(now)
+            if not steps:
+                return False
+            self._first, self._growth = single_step(self._table, single)
         else:
-            planned = [p for p in [rank.plan(now) for rank in self.ranks] if p]
-            steps = min(planned, default=0)
-            if steps:
-                first, growth, steps = lockstep(self._table, self.ranks, steps, exchange=self._exchange)
-        if steps == 0:
-            return False
+            steps = min(filter(None, [rank.plan(now) for rank in self.ranks]), default=0)
+            if not steps:
+                return False
+            self._first, self._growth, steps = lockstep(self._table, self.ranks, steps, exchange=self._exchange)
         self._stepping = True
-        self._start, self._steps, self._first, self._growth = now, steps, first, growth
+        self._start, self._steps = now, steps
         return True
 
     def _open_books(self) -> None:
@@ -201,20 +206,15 @@ class Replica:
 
         The next ``arrival`` is known, so a window it could join is as long as `_cut` would leave it.
         """
-        self.eventless = True
         if not self._plan(now):
             return None
         steps = self._steps
         if steps == 1:
             return now + self._first
-        end = now + window_ticks(self._first, self._growth, steps)
-        if arrival is None or arrival >= end:
-            return end
-        single = self._single
-        if single.heeds_arrivals if single is not None else any(rank.heeds_arrivals for rank in self.ranks):
-            self._steps = self._boundary(arrival - now)
-            return now + window_ticks(self._first, self._growth, self._steps)
-        return end
+        ticks = window_ticks(self._first, self._growth, steps)
+        if arrival is not None and arrival - now < ticks and any(rank.heeds_arrivals for rank in self.ranks):
+            self._steps, ticks = self._boundary(arrival - now)
+        return now + ticks
 
     def end_knowing(self, now: int) -> None:
         """Account for the steps of `begin_knowing`."""

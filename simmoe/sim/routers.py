@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from simmoe.errors import SpecError
-from simmoe.sim.scheduler import Request
+from simmoe.sim.request import Request
 
 Router = Callable[[Request, Sequence[int], Sequence[int]], int]
 

@@ -22,82 +22,10 @@ from simmoe.costs.kv_offload import HostTier
 from simmoe.sim.acceptance import Acceptance, DrawnPool, cut
 from simmoe.sim.host_memory import HostMemory
 from simmoe.sim.kv_cache import BlockPool
-from simmoe.sim.prefix_cache import Held, Path, PrefixCache
-from simmoe.specs.traces import Segments
+from simmoe.sim.prefix_cache import PrefixCache
+from simmoe.sim.request import Request
 
 NEVER = sys.maxsize
-
-
-class Request:
-    """One request on its way. Times in ticks; -1 where a thing has not happened yet."""
-
-    __slots__ = (
-        "admitted",
-        "arrival",
-        "cached",
-        "drawn",
-        "finish_step",
-        "first_token",
-        "generated",
-        "held",
-        "index",
-        "input_tokens",
-        "joined",
-        "last_token",
-        "loaded",
-        "output_tokens",
-        "path",
-        "preemptions",
-        "prompt",
-        "swapped",
-        "target",
-        "tokens",
-    )
-
-    def __init__(self, index: int, arrival: int, input_tokens: int, output_tokens: int, prompt: Segments = ()) -> None:
-        self.index = index
-        self.arrival = arrival
-        self.input_tokens = input_tokens
-        self.output_tokens = output_tokens
-        self.target = input_tokens
-        """Tokens to prefill before the next token can be sampled: the prompt, after a preemption also the output."""
-        self.cached = 0
-        """Tokens in the KV cache; kept up to date during prefill only."""
-        self.generated = 0
-        """Output tokens; kept up to date outside decoding only."""
-        self.finish_step = -1
-        """Rank step count at which it will have its last token, while decoding."""
-        self.joined = -1
-        """Rank step count at which it began to decode."""
-        self.drawn = 0
-        """Decode steps it had before, of those drawn."""
-        self.tokens: list[int] = []
-        """What its steps since emit, where that is drawn."""
-        self.admitted = -1
-        self.first_token = -1
-        self.last_token = -1
-        """When the token before a preemption (or a move to another engine) came."""
-        self.preemptions = 0
-        self.prompt = prompt
-        """What the prompt is made of, see `arrivals.shapes`; () is a prompt like no other."""
-        self.path: Path = []
-        """The prompt in the prefix cache, once looked up."""
-        self.held: Held = []
-        """Blocks of it there that this request holds."""
-        self.loaded = 0
-        """Tokens whose keys and values come with it, computed elsewhere."""
-        self.swapped = 0
-        """Tokens whose keys and values wait in host memory since a preemption."""
-
-    def lose_cache(self, cached: int, now: int) -> None:
-        """Its ``cached`` tokens are gone (0: still in its prompt), to be computed again; its last one came ``now``."""
-        if self.finish_step >= 0:
-            self.generated = cached + 1 - self.input_tokens
-            self.target = cached + 1
-            self.finish_step = -1
-            self.last_token = now
-        self.cached = self.loaded = self.swapped = 0
-        self.preemptions += 1
 
 
 class Scheduler:
@@ -223,19 +151,26 @@ class Scheduler:
 
     def plan(self, now: int) -> int:
         """Decide the next step, starting now; return for how many steps it holds (0: nothing to do)."""
-        self.chunks = []
+        if self.chunks:
+            self.chunks = []
         self.loading = 0
         self.pausing = False
+        if not (self.waiting or self.partial or self.paused):  # nothing to decide while blocks last
+            steps = self._steps_alike(NEVER)
+            if steps or not self.decoding:
+                self.steps = steps
+                return steps
         self.horizon = NEVER
         settled = self.policy(self, now)
-        if self.chunks or self.paused or not settled:
-            self.steps = 1
-        elif self.decoding:
-            limit = min(self._finishing_steps[0] - self.step, self.horizon)
-            self.steps = self.pool.steps_until_short(self.step, limit)
-        else:
-            self.steps = 0
+        self.steps = 1 if self.chunks or self.paused or not settled else self._steps_alike(self.horizon)
         return self.steps
+
+    def _steps_alike(self, most: int) -> int:
+        """Decode steps of the same requests, at most so many, until one ends or blocks are short."""
+        if not self.decoding:
+            return 0
+        to_end = self._finishing_steps[0] - self.step
+        return self.pool.steps_until_short(self.step, min(to_end, most))
 
     @property
     def stepping(self) -> int:
@@ -361,8 +296,7 @@ class Scheduler:
                 self.gaps += [(now - last, count) for count, last in self.paused]
                 self.paused.clear()
             pool = self.pool
-            grown = pool.need(self.step, steps)
-            pool.take(grown)
+            grown = pool.grow(self.step, steps)
             if self.prefixes is not None:
                 self.prefixes.promised = 0
             self.blocks_held = pool.total - pool.free - grown / 2

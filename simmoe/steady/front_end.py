@@ -68,5 +68,6 @@ def _running(times_s: Array, rank: NDArray[np.int64], steps: StepLog, ranks_per_
         here = np.flatnonzero(replica == one // ranks_per_replica)
         at = rows[np.maximum(np.searchsorted(steps.start_s[rows], times_s[here]) - 1, 0)]
         working = (steps.start_s[at] < times_s[here]) & (end_s[at] >= times_s[here] * (1 - 1e-12))
+        working |= times_s[here] <= steps.merged_until_s
         total[here] += np.where(working, steps.running[at], 0.0)
     return total
