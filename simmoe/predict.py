@@ -20,6 +20,7 @@ from simmoe.engine.tabulate import step_table
 from simmoe.errors import SaturationError, SpecError
 from simmoe.metrics import ServingMetrics
 from simmoe.provenance import Provenance, stamp
+from simmoe.routing.imbalance import BusiestRank, busiest_of
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.engines import EngineParameters
 from simmoe.specs.hardware import Hardware
@@ -71,6 +72,16 @@ class Prediction:
         """Per device: weights, workspace and the KV cache that running requests fill. [B]"""
         share = self.metrics.kv_utilisation if self.metrics else 1.0
         return self.memory.weights + self.memory.workspace + share * self.memory.kv_bytes
+
+    @cached_property
+    def busiest_rank(self) -> BusiestRank | None:
+        """Pairs of the busiest expert-parallel rank over the mean rank's, in a decode step; None without such ranks."""
+        moe = engine_of(self.hardware, self.model, self.deployment).moe
+        d, m = self.deployment, self.metrics
+        if moe is None or d.ep == 1 or m is None:
+            return None
+        requests = m.mean_running / d.replicas / (1 if moe.exchanges_tokens else d.dp)
+        return busiest_of(moe.kinds, max(1.0, requests * d.rows_per_decode))
 
     @cached_property
     def provenance(self) -> Provenance:

@@ -1,8 +1,12 @@
 """The busiest rank's factor, mean and tail, against drawn batches."""
 
+import json
+
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from simmoe.cli.main import app
 from simmoe.routing.imbalance import busiest_rank
 from simmoe.routing.layers import layer_kinds
 from simmoe.routing.popularity import weights_from_inclusion
@@ -61,3 +65,22 @@ def test_copies_and_packing_lower_mean_and_tail():
     )
     assert laid.mean - 1 < 0.2 * (plain.mean - 1)
     assert laid.tail - 1 < 0.25 * (plain.tail - 1)
+
+
+def test_a_prediction_tells_its_busiest_rank_by_the_decode_step():
+    words = "predict h200 --model deepseek-v3 --gpus 16 --tp 1 --dp 16 --ep 16 --engine sglang --concurrency 1024"
+    even, skewed = (
+        CliRunner().invoke(app, [*words.split(), "--routing", law, "--active-experts", "8", "--json"])
+        for law in ("uniform", "zipf:0.5")
+    )
+    even_found, found = (json.loads(r.stdout)["predictions"][0]["busiest_rank_over_mean"] for r in (even, skewed))
+    model = load_model("deepseek-v3")
+    (layer,) = layer_kinds(
+        Routing(popularity="zipf", exponent=0.5), model.experts, 58, pool=256, top_k=8, ep=16, vocab=model.vocab
+    )
+    # at most 1024 requests decode at a time, some are at their prompts
+    assert busiest_rank(layer, 1024).mean <= found["mean"] < busiest_rank(layer, 400).mean
+    assert found["systematic"] > 1.1 > even_found["systematic"] == pytest.approx(1.0)
+    told = CliRunner().invoke(app, [*words.split(), "--active-experts", "8"]).stdout
+    assert "Busiest of 16 expert-parallel ranks" in " ".join(told.split())
+    assert "Busiest of" not in CliRunner().invoke(app, ["predict", "h100", "--active-experts", "6"]).stdout

@@ -105,7 +105,17 @@ def _assumptions(p: Prediction) -> Text:
         f"Assumed: routing {d.routing.in_words()}, no prefix-cache hits, "
         f"{speculation}; engine host time "
         f"{units.text(e.host_time_per_step, 's')} a step + {units.text(e.host_time_per_sequence, 's')} a request, "
-        f"kernels x {e.kernel_slowdown:g}\n"
+        f"kernels x {e.kernel_slowdown:g}\n{_busiest(p)}"
+    )
+
+
+def _busiest(p: Prediction) -> str:
+    found = p.busiest_rank
+    if found is None:
+        return ""
+    return (
+        f"Busiest of {p.deployment.ep} expert-parallel ranks: {found.mean:.2f} times the mean in a decode step, "
+        f"{found.tail:.2f} in one of a hundred, {found.systematic:.2f} however many tokens\n"
     )
 
 
@@ -198,6 +208,7 @@ def prediction_json(predictions: Sequence[Prediction]) -> dict[str, Any]:
             "output_tokens_per_s_interval_90": list(p.throughput_90),
             "step_log_sigma": p.log_sigma,
             "bound": p.bound,
+            "busiest_rank_over_mean": dataclasses.asdict(p.busiest_rank) if p.busiest_rank else None,
             "memory_per_gpu_bytes": p.memory_used_bytes,
             "kv_capacity_tokens": p.memory.kv_tokens,
             "mean_step_parts_s": p.breakdown.parts,

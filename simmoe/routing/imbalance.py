@@ -8,6 +8,7 @@ tests/test_mechanisms_imbalance.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +36,17 @@ class BusiestRank:
     systematic: float
     mean: float
     tail: float
+
+
+def busiest_of(kinds: Sequence[LayerKind], tokens: float, quantile: float = 0.99) -> BusiestRank:
+    """Mean over layers of `busiest_rank`: every layer waits for its own."""
+    layers = sum(kind.layers for kind in kinds)
+    each = [(kind.layers / layers, busiest_rank(kind, tokens, quantile)) for kind in kinds]
+    return BusiestRank(
+        systematic=sum(share * one.systematic for share, one in each),
+        mean=sum(share * one.mean for share, one in each),
+        tail=sum(share * one.tail for share, one in each),
+    )
 
 
 def busiest_rank(kind: LayerKind, tokens: float, quantile: float = 0.99) -> BusiestRank:
