@@ -52,7 +52,7 @@ def deployment_sections(
     page.text(
         f"The mean step is off by {100 * base.log_sigma:.0f} % (one standard deviation of its logarithm): residuals of "
         "kernel fits on shapes they never saw; parts that nobody measured (small kernels, host time) count with 50 %. "
-        "Not in it: routing that is not uniform, an engine unlike the one assumed, failures."
+        "Not in it: routing unlike the one assumed, an engine unlike the one assumed, failures."
     )
     parameters = base.engine_parameters
     host = (

@@ -273,5 +273,5 @@ def _sure(plan: Plan) -> Text:
         f"{100 * plan.answer.log_sigma:.0f} %: residuals of the kernel fits on unseen shapes, wider where efficiencies "
         f"are borrowed or a shape lies outside what was measured (`simmoe calibrate --beyond`), and "
         f"{100 * ENGINE_LOG_SIGMA[plan.answer.layout.replica.engine]:.0f} % for the engine around them. Not in it: "
-        f"routing that is not uniform, failures, an engine unlike the one assumed, prices.{notes}"
+        f"routing unlike the one assumed, failures, an engine unlike the one assumed, prices.{notes}"
     )

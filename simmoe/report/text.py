@@ -192,7 +192,7 @@ def _confidence(p: Prediction) -> Text:
     return Text(
         f"\nHow sure: the mean step is off by {percent:.0f} % (one standard deviation), from the residuals of the "
         "kernel fits on shapes they never saw, part by part, and 50 % on what is only assumed (small kernels, host "
-        "time). Not in it: routing that is not uniform, an engine unlike the one assumed.\n"
+        "time). Not in it: routing unlike the one assumed, an engine unlike the one assumed.\n"
     )
 
 
