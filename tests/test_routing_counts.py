@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from simmoe.routing.counts import count_cdf, expected_maximum
+from simmoe.routing.counts import count_cdf, expected_maximum, expected_tiles_of_maximum
 
 
 @given(st.integers(1, 5000), st.floats(1e-4, 0.9))
@@ -55,3 +55,16 @@ def test_a_maximum_is_at_least_the_mean_and_grows_with_the_number_of_counts(mean
     fewer = expected_maximum(*moments, np.array([float(copies)]))[0]
     more = expected_maximum(*moments, np.array([2.0 * copies]))[0]
     assert mean <= fewer <= more * (1 + 2e-3)
+
+
+def test_most_tiles_of_unlike_ranks_equal_the_sum_over_all_outcomes():
+    """Two ranks, of counts 1 and 2 and of count 3, in tiles of 4: every outcome of three binomials, one by one."""
+    trials, chance, tile = 12, np.array([0.2, 0.45, 0.6]), 4
+    law = stats.binom(trials, chance[:, None]).pmf(np.arange(trials + 1))
+    tiles = np.ceil(np.arange(trials + 1) / tile)
+    first = tiles[:, None, None] + tiles[None, :, None]
+    outcome = np.maximum(first, tiles[None, None, :])
+    exact = float((law[0][:, None, None] * law[1][None, :, None] * law[2][None, None, :] * outcome).sum())
+    held = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    mean, variance = (trials * chance)[None], (trials * chance * (1 - chance))[None]
+    assert expected_tiles_of_maximum(mean, variance, np.array([4.0]), held)[0] == pytest.approx(exact, rel=2e-3)

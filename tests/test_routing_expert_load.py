@@ -118,6 +118,9 @@ def test_the_busiest_rank_is_within_the_bounds_that_counting_sets(shape):
 @settings(max_examples=60, deadline=None)
 @given(shapes(), st.integers(1, 20_000))
 @example((64, 5, 32, None), 1026)  # broken by 0.5 % while sizes between whole numbers were rounded
+@example((24, 1, 8, None), 3294)  # by 0.2 %, and the next two by 1.8 and 0.8 %, while two moments stood for few counts
+@example((8, 2, 4, None), 97)
+@example((16, 6, 8, None), 360)
 def test_more_tokens_never_mean_less_load(shape, tokens):
     num_experts, top_k, ep, inclusion = shape
     load = expected_load([tokens, tokens + max(1, tokens // 50)], num_experts, top_k, ep=ep, inclusion=inclusion)
@@ -252,3 +255,22 @@ def test_blocks_of_ranks_that_hold_one_expert_follow_the_tallest_count(num_exper
             assert load.row_blocks[tile][i] == pytest.approx(drawn.row_blocks[tile].mean(), rel=0.03)
     for tile in TILES:
         assert np.all(np.diff(load.row_blocks[tile]) >= 0)
+
+
+def test_more_tokens_never_mean_fewer_blocks_on_ranks_of_few_experts():
+    tokens = np.arange(1, 700)
+    for num_experts, top_k, ep in ((8, 1, 4), (8, 2, 2), (16, 4, 8), (24, 3, 3), (32, 6, 16)):
+        load = expected_load(tokens, num_experts, top_k, ep=ep)
+        for tile in TILES:
+            assert np.all(np.diff(load.row_blocks[tile]) >= -2e-4 * load.row_blocks[tile][1:]), (num_experts, ep, tile)
+
+
+@pytest.mark.parametrize(("num_experts", "top_k", "ep"), [(8, 1, 4), (8, 2, 2), (16, 4, 8), (64, 6, 8)])
+def test_blocks_of_ranks_that_hold_few_experts_follow_drawn_ones(num_experts, top_k, ep):
+    for weights, within in ((np.ones(num_experts), 0.03), (zipf_weights(num_experts, 0.7), 0.045)):
+        inclusion = inclusion_from_weights(weights, top_k)
+        for count in (97, 193, 555):
+            load = expected_load(count, num_experts, top_k, ep=ep, inclusion=inclusion)
+            drawn = sample_load(np.random.default_rng(count), count, weights, top_k, ep=ep, draws=400)
+            for tile in TILES:
+                assert load.row_blocks[tile] == pytest.approx(drawn.row_blocks[tile].mean(), rel=within), (count, tile)

@@ -1,4 +1,4 @@
-"""Largest of many token counts: closed-form distribution of one count, expected maximum of independent ones.
+"""Largest of many token counts, or of sums of their row tiles: closed-form law of one, expected maximum of independent.
 
 Model: a count is described by mean and variance alone and taken as binomial, Poisson or negative binomial, whichever
 has that variance. Its distribution function is exact at 0 and 1 and the Peizer-Pratt normal approximation above: within
@@ -22,27 +22,52 @@ _NORMAL_GRID = np.linspace(-8.5, 8.5, 3401)
 _NORMAL_CDF = np.array([0.5 * math.erfc(-z / math.sqrt(2.0)) for z in _NORMAL_GRID])
 
 
-def expected_tiles_of_maximum(mean: Array, variance: Array, tile: Array) -> Array:
-    r"""Mean of :math:`\lceil \max / m \rceil` over independent counts: the tallest pile in tiles, exact where F is.
+def expected_tiles_of_maximum(mean: Array, variance: Array, tile: Array, held: Array) -> Array:
+    r"""Mean of the most tiles any rank fills, the sum of :math:`\lceil c / m \rceil` over the counts it holds.
+
+    The distribution of each count's tiles is read off its own, that of a rank's sum is their convolution, and ranks are
+    independent. Sums of few counts need this: their law leans on where the counts stand in their tiles, which mean and
+    variance do not tell. Exact where the counts' distribution is, hence it grows with the counts.
 
     Parameters
     ----------
     mean, variance : ndarray, shape (B, G)
-        Per batch and count. [tokens], [tokens**2]
+        Per batch and class of counts. [tokens], [tokens**2]
     tile : ndarray, shape (B,)
         m, tile height. [tokens]
+    held : ndarray, shape (G, D)
+        Counts of each class on each rank.
 
     Returns
     -------
     ndarray, shape (B,). [tiles]
     """
-    reach = math.sqrt(2.0 * math.log(1e5 * mean.shape[1]))
-    high = (mean + reach * np.sqrt(variance)).max(axis=1) + 6.0
-    low = np.floor(np.maximum((mean - 4.5 * np.sqrt(variance)).max(axis=1), 0.0) / tile)
-    steps = np.arange(int(np.max(np.ceil(high / tile) - low)) + 1)
-    count = np.floor((low[:, None] + steps) * tile[:, None])
-    log_cdf = np.log(np.maximum(count_cdf(count[:, None, :], mean[:, :, None], variance[:, :, None]), 1e-300))
-    return np.asarray(low + (1.0 - np.exp(log_cdf.sum(axis=1))).sum(axis=1), dtype=np.float64)
+    if not len(mean):
+        return np.zeros(0)
+    deviation, height = np.sqrt(variance), tile[:, None]
+    reach = math.sqrt(2.0 * math.log(1e5 * held.sum()))
+    low = np.floor(np.maximum(mean - 4.5 * deviation, 0.0) / height)
+    high = np.ceil((mean + reach * deviation + 6.0) / height)
+    width = int((high - low).max()) + 1
+    count = np.floor((low[:, :, None] + np.arange(width)) * height[:, :, None])
+    cdf = count_cdf(count, mean[:, :, None], variance[:, :, None])
+    cdf[:, :, -1] = 1.0
+    ranks, alike = np.unique(held, axis=1, return_counts=True)
+    length = int(ranks.sum(axis=0).max()) * (width - 1) + 1
+    transform = np.fft.rfft(np.diff(cdf, axis=2, prepend=0.0), n=length, axis=2)
+    least = low @ ranks
+    start = least.max(axis=1)
+    place = start.astype(np.intp)[:, None] + np.arange(length)
+    log_at_most = np.zeros((len(mean), length))
+    for rank, copies in enumerate(alike):
+        spectrum = np.ones_like(transform[:, 0])
+        for kind in np.flatnonzero(ranks[:, rank]):
+            spectrum *= transform[:, kind] ** int(ranks[kind, rank])
+        law = np.cumsum(np.fft.irfft(spectrum, n=length, axis=1), axis=1)
+        law = np.where(law > 1.0 - 1e-12, 1.0, law)  # what the transform rounds is no chance
+        at = np.minimum(place - least[:, rank].astype(np.intp)[:, None], length - 1)
+        log_at_most += copies * np.log(np.clip(np.take_along_axis(law, at, axis=1), 1e-300, 1.0))
+    return np.asarray(start + (1.0 - np.exp(log_at_most)).sum(axis=1), dtype=np.float64)
 
 
 def expected_maximum(mean: Array, variance: Array, multiplicity: Array | None = None) -> Array:

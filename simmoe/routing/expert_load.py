@@ -65,6 +65,8 @@ def with_shared(load: ExpertLoad) -> ExpertLoad:
 
 #: Experts told apart when popularity differs; beyond it the less popular ones are pooled with their neighbours.
 _CLASSES = 48
+#: Experts a rank may hold for its row blocks to be counted expert by expert.
+_FEW = 16
 
 
 def expected_load(
@@ -151,6 +153,9 @@ def expected_load(
     value, of_class = _classes(p)
     held = np.zeros((len(value), ep))  # experts of each class on each rank
     np.add.at(held, (of_class, ranks), 1.0)
+    # counts of one rank vary together; as if independent, each with its share of the rank's variance
+    together = float(token_variance.sum() / plain_variance.sum()) if plain_variance.sum() > 0 else 1.0
+    few_variance = drawn[:, None] * value * (1.0 - value) * together
     blocks = {}
     for tile, (mean, variance, covariance) in block_moments(value, drawn, weight, TILES).items():
         slope = np.where(
@@ -162,12 +167,12 @@ def expected_load(
         # no expert gets more than all tokens, and a rank has at most one partly filled tile for each it wakes
         most = np.minimum(pairs, slots.max() * np.ceil(t / tile))
         most = np.minimum(most, distinct + (pairs - distinct) / tile)
-        if slots.max() == 1.0:  # a rank's blocks are those of one count: no need to guess their law from two moments
-            most_blocks = expected_tiles_of_maximum(
-                pair_mean / weight[:, None], pair_variance / weight[:, None] ** 2, tile / weight
+        most_blocks = _busiest(mean @ held, spread, certain @ held)
+        if ep > 1 and slots.max() <= _FEW:  # two moments do not tell the law of few counts that vary by few tiles
+            few = (np.sqrt(few_variance) * weight[:, None]).max(axis=1) <= (tile if slots.max() > 1 else np.inf)
+            most_blocks[few] = expected_tiles_of_maximum(
+                (drawn[:, None] * value)[few], few_variance[few], (tile / weight)[few], held
             )
-        else:
-            most_blocks = _busiest(mean @ held, spread, certain @ held)
         blocks[tile] = np.clip(most_blocks, np.maximum(distinct, pairs / tile), most)
 
     expert_variance = value * (1.0 - value) * num_experts / max(num_experts - 1, 1)
