@@ -244,6 +244,26 @@ def test_an_exchange_issued_from_python_hides_under_the_issuing():
     assert alltoall.seconds(exchange(tokens_per_rank=1), slow, H100, COLD) == pytest.approx(5e-4, rel=0.01)
 
 
+def test_a_call_issued_while_the_device_copies_shows_only_what_outlasts_the_copy():
+    slow = {**alltoall.OPERATOR.defaults, "host_s": 5e-4}
+    rate = alltoall.COPY_EFFICIENCY * H100.device.memory_bandwidth
+    behind = {share: exchange(tokens_per_rank=8, copied_per_token=share * 5e-4 * rate / 8) for share in (0.0, 0.5, 2.0)}
+    times = {share: float(alltoall.seconds(features, slow, H100, BENCHMARK)) for share, features in behind.items()}
+    assert times[0.0] == pytest.approx(5e-4, rel=0.01)
+    assert times[0.5] == pytest.approx(2.5e-4, rel=0.01)
+    assert times[2.0] < 1e-4
+
+
+def test_low_latency_combines_of_vllm_follow_a_copy_of_the_whole_buffer():
+    """All its local experts' room for all ranks' tokens, read and written in 16 bits; nobody else's do."""
+    table = read_table(PROFILES / "h200_sxm" / "moe_alltoall_h200_sxm.csv")
+    copied = alltoall.features(table)["copied_per_token"]
+    quick = (table.text("kernel") == "deepep_ll") & (table.text("phase") == "combine")
+    whole = 4.0 * table.number("num_experts") * table.number("hidden_size")
+    assert copied[quick] == pytest.approx(whole[quick])
+    assert not copied[(table.text("framework") != "vllm") | (table.text("phase") == "dispatch")].any()
+
+
 @pytest.mark.parametrize("phase", ["dispatch", "combine"])
 @pytest.mark.parametrize("kernel", ["trtllm_deepep_ht", "trtllm_deepep_ll"])
 def test_rows_of_tensorrt_llm_need_its_benchmark_to_be_read(kernel, phase):

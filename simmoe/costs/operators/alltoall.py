@@ -4,7 +4,9 @@ Model: latency plus the slower of two links. Normal (high-throughput) kernels se
 holds one of its experts, and once to each other node on the way; low-latency kernels send one copy per expert chosen.
 Experts are taken as chosen uniformly, or within a token's best groups. Inside a node the rate is bound by NVLink and by
 the multiprocessors lent to the kernel; every copy also costs handling. Benchmarks that issue kernels from Python (vLLM,
-TensorRT-LLM) take no less time than that: the device works meanwhile. Kernels and copy rules: DeepEP's README
+TensorRT-LLM) take no less time than that: the device works meanwhile. vLLM's combine is issued while the device copies
+the receive buffer, and shows only what of the host's time outlasts the copy. Defaults of what a multiprocessor moves
+and of handling are what TensorRT-LLM's rows give for DeepEP's default chunks. Kernels and copy rules: DeepEP's README
 (deepseek-ai/DeepEP). Multi-node totals hold the exchange of token counts that comes first (``notify``). Left out:
 skewed routing, overlap with compute, congestion beyond what 2 and 8 nodes showed. Compared with:
 profiles/*/moe_alltoall_*.
@@ -36,12 +38,14 @@ PARAMETERS = (
     Parameter(name="expert_s", unit="s", default=1e-9, lower=1e-11, upper=1e-6, meaning="per expert in the model"),
     Parameter(name="link_efficiency", unit="-", default=0.6, lower=0.05, upper=1.5, meaning="of scale-up bandwidth"),
     Parameter(
-        name="sm_bytes_per_s", unit="B/s", default=1.6e10, lower=5e8, upper=1e12, meaning="what one lent SM moves"
+        name="sm_bytes_per_s", unit="B/s", default=3.4e10, lower=5e8, upper=1e12, meaning="what one lent SM moves"
     ),
     Parameter(
         name="relay_work", unit="-", default=1.8, lower=0.5, upper=10.0, meaning="SM work across nodes over inside one"
     ),
-    Parameter(name="copy_s", unit="s", default=5e-8, lower=1e-11, upper=5e-6, meaning="one SM handling one token copy"),
+    Parameter(
+        name="copy_s", unit="s", default=2.5e-7, lower=1e-11, upper=5e-6, meaning="one SM handling one token copy"
+    ),
     Parameter(name="fill_s", unit="s", default=5e-6, lower=1e-9, upper=2e-4, meaning="filling the pipeline of chunks"),
     Parameter(name="node_s", unit="s", default=1e-5, lower=1e-9, upper=1e-3, meaning="added by a second node"),
     Parameter(name="node_growth", unit="-", default=1.5, lower=0.2, upper=20.0, meaning="its ratio, 8 nodes over 2"),
@@ -53,6 +57,7 @@ PARAMETERS = (
 LINK_SHARPNESS = 4.0
 HOST_SHARPNESS = 4.0
 FILL_TOKENS = 64.0
+COPY_EFFICIENCY = 0.85  # of memory bandwidth, a plain copy of megabytes; assumption
 
 
 def seconds(features: Features, parameters: Parameters, hardware: Hardware, cold: bool) -> Array:
@@ -84,8 +89,10 @@ def seconds(features: Features, parameters: Parameters, hardware: Hardware, cold
     fixed = parameters["alpha_s"] + parameters["row_s"] * row / ROW_BYTES
     fixed = fixed + parameters["expert_s"] * features["num_experts"]
     fill = parameters["fill_s"] * tokens / (tokens + FILL_TOKENS)
+    # the host issues the call while the device still copies what stands before it
+    ahead = tokens * features["copied_per_token"] / (COPY_EFFICIENCY * hardware.device.memory_bandwidth)
     replayed = (features["low_latency"] > 0) & cold
-    host = np.where(replayed, 0.0, parameters["host_s"])
+    host = np.where(replayed, 0.0, np.maximum(parameters["host_s"] - ahead, 0.0))
     time = soft_max(fixed + fill + busy, host, HOST_SHARPNESS)
     return np.where(ranks > 1, time, 0.0)
 
@@ -164,6 +171,7 @@ def features_of(
     sms: ArrayLike | None = None,
     node_share: ArrayLike = 1.0,
     rank_share: ArrayLike = 1.0,
+    copied_per_token: ArrayLike = 0.0,
 ) -> Features:
     """Features of one exchange; everything broadcasts.
 
@@ -184,20 +192,22 @@ def features_of(
         over 8 nodes would pass the network's rate if tokens went to all they could. [-]
     rank_share : array_like
         Ranks a token goes to, over those it would reach if it could choose any expert. [-]
+    copied_per_token : array_like
+        What the device still copies while the call is issued, read and written; benchmarks only. [B]
     """
     quick = kernel in LOW_LATENCY
     width = bytes_per_element if bytes_per_element is not None else (1.0 if phase == "dispatch" else 2.0)
     lent = sms if sms is not None else (0.0 if quick else DEFAULT_SMS)
     return _build(
         tokens_per_rank, hidden, top_k, num_experts, ranks, nodes, width, lent, 1.0 if quick else 0.0, node_share,
-        rank_share,
+        rank_share, copied_per_token,
     )  # fmt: skip
 
 
 def _build(*columns: ArrayLike) -> Features:
     names = (
         "tokens", "hidden", "top_k", "num_experts", "ranks", "nodes", "bytes_per_element", "sms", "low_latency",
-        "node_share", "rank_share",
+        "node_share", "rank_share", "copied_per_token",
     )  # fmt: skip
     values = np.broadcast_arrays(*columns)
     return {name: np.array(value, dtype=np.float64) for name, value in zip(names, values, strict=True)}
@@ -222,7 +232,7 @@ def features(table: Table) -> Features:
     hidden = table.number("hidden_size")
     sms = table.number("num_sms") if "num_sms" in table.columns else np.zeros(table.rows)
     grouped = trtllm & (hidden == 7168) & (experts == 256) & (top_k == 8)
-    return _build(
+    found = _build(
         table.number("num_tokens_per_rank"),
         hidden,
         top_k,
@@ -234,7 +244,19 @@ def features(table: Table) -> Features:
         np.where(quick, 1.0, 0.0),
         1.0,
         np.where(grouped, [group_rank_share(256, 8, int(count), 8, 4) for count in ranks], 1.0),
+        0.0,
     )
+    copied = np.where((framework == "vllm") & (phase == "combine"), _buffer_copy(found), 0.0)
+    return {**found, "copied_per_token": copied}
+
+
+def _buffer_copy(features: Features) -> Array:
+    """Read and written by a copy of the receive buffer, per token a rank sends. [B]"""
+    ranks = features["ranks"]
+    hit = ranks * _chance_hit(features["num_experts"], features["num_experts"] / ranks, features["top_k"])
+    # low-latency buffers have room for every rank's tokens at each local expert
+    rows = np.where(features["low_latency"] > 0, features["num_experts"], hit)
+    return 2.0 * rows * features["hidden"] * 2.0
 
 
 def group_rank_share(num_experts: int, top_k: int, ranks: int, num_groups: int, top_groups: int) -> float:
