@@ -12,6 +12,7 @@ from simmoe.calibrate import skew
 from simmoe.cli.main import app
 from simmoe.errors import MeasurementError
 from simmoe.specs.load import data_folder
+from simmoe.specs.measurement import read_table
 
 WHOLE = Path(data_folder("profiles")) / "h200_sxm" / "moe_h200_sxm.csv.gz"
 
@@ -52,3 +53,14 @@ def test_skewed_rows_and_gains_are_judged_apart(part):
 def test_tables_of_other_kernels_are_refused():
     with pytest.raises(MeasurementError, match="no table of expert kernels"):
         skew.compare([WHOLE.parent / "nccl_h200_sxm.csv"])
+
+
+def test_series_slower_than_their_twins_at_one_token_are_shown_apart():
+    """Six of TensorRT-LLM's in the table: one token wakes its eight experts under any law."""
+    table = read_table(WHOLE)
+    odd = skew.odd_series(table)
+    trtllm = odd & (table.text("framework") == "trtllm")
+    assert set(table.text("model_like")[trtllm]) == {"MiMo-V2-Flash"}
+    assert trtllm.sum() == 6 * 27
+    assert not odd[table.number("moe_ep_size") > 1].any()
+    assert odd.sum() < 0.02 * table.rows

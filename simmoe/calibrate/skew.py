@@ -2,6 +2,8 @@
 
 Every row is predicted by a fit that never saw its shape group (grouped folds, as `simmoe calibrate --report`). A cell
 of the gains is one shape, layout, routing and token count that was measured with eight and with six experts a token.
+One token wakes its top-k whatever the law of popularity: a series that takes over 1.5 times its twin's time there was
+measured in another state of the machine, and is also shown apart.
 """
 
 from __future__ import annotations
@@ -27,6 +29,10 @@ from simmoe.specs.measurement import Table, read_table, table_paths
 _CELL = ("framework", "kernel_source", "dtype", "hidden_size", "expert_inter_size", "num_experts", "moe_tp_size",
          "moe_ep_size", "routing_distribution", "num_tokens")  # fmt: skip
 _NATIVE, _CAP = 8.0, 6.0
+#: What must agree for two series to differ in their routing alone.
+_TWINS = ("framework", "version", "kernel_source", "dtype", "hidden_size", "expert_inter_size", "num_experts", "top_k",
+          "gated", "moe_tp_size", "moe_ep_size")  # fmt: skip
+_ODD = 1.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +46,9 @@ class Errors:
     power_law_rows: int
     power_law_percent: float | None
     power_law_expert_parallel_percent: float | None
+    odd_rows: int
+    balanced_without_odd_percent: float | None
+    power_law_without_odd_percent: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +81,7 @@ def compare(paths: Sequence[Path], folds: int = 3) -> tuple[list[Errors], list[C
             continue
         law = np.asarray(table.text("routing_distribution"), dtype=str)
         parallel = table.number("moe_ep_size") > 1
+        odd = odd_series(table)
         predicted = np.full(table.rows, np.nan)
         measured = table.number("latency_us") * 1e-6
         for sample in samples(MOE, table):
@@ -79,6 +89,7 @@ def compare(paths: Sequence[Path], folds: int = 3) -> tuple[list[Errors], list[C
                 continue
             predicted[sample.rows] = held_out(MOE, sample, device.hardware, MOE.defaults, folds)
             error = 100 * np.abs(predicted[sample.rows] / sample.seconds - 1)
+            usual = ~odd[sample.rows]
             even, skewed = (np.char.startswith(law[sample.rows], prefix) for prefix in ("balanced", "power_law"))
             errors.append(
                 Errors(
@@ -89,12 +100,33 @@ def compare(paths: Sequence[Path], folds: int = 3) -> tuple[list[Errors], list[C
                     power_law_rows=int(skewed.sum()),
                     power_law_percent=_mean(error[skewed]),
                     power_law_expert_parallel_percent=_mean(error[skewed & parallel[sample.rows]]),
+                    odd_rows=int((~usual).sum()),
+                    balanced_without_odd_percent=_mean(error[even & usual]),
+                    power_law_without_odd_percent=_mean(error[skewed & usual]),
                 )
             )
         gains += _gains(device.label, table, measured, predicted, np.char.startswith(law, "power_law"), parallel)
     if not errors:
         raise MeasurementError(f"validate skew {' '.join(map(str, paths))}: no table of expert kernels")
     return errors, gains
+
+
+def odd_series(table: Table) -> NDArray[np.bool_]:
+    """Rows of series that take over 1.5 times the time of their fastest twin at one token, where routing is the same.
+
+    A twin is the same shape and layout under another law of routing. Expert-parallel series have none: which experts
+    of the rank measured one token wakes differs by law.
+    """
+    names = [table.text(name).tolist() for name in _TWINS if name in table.columns]
+    twins = list(zip(*names, strict=True))
+    series = list(zip(twins, table.text("routing_distribution").tolist(), strict=True))
+    tokens, latency = table.number("num_tokens"), table.number("latency_us")
+    alone = (tokens == 1) & (table.number("moe_ep_size") == 1)
+    first = {series[row]: float(latency[row]) for row in np.flatnonzero(alone)}
+    fastest: dict[tuple[str, ...], float] = {}
+    for (twin, _), time in first.items():
+        fastest[twin] = min(fastest.get(twin, time), time)
+    return np.array([first.get(key, 0.0) > _ODD * fastest.get(key[0], np.inf) for key in series], dtype=np.bool_)
 
 
 def _gains(
@@ -148,12 +180,16 @@ def show_table(errors: Sequence[Errors], gains: Sequence[CapGain]) -> Renderable
     first = Lines(title="Expert kernels, unseen shapes: mean error by routing", title_justify="left", show_edge=False)
     for name in ("device", "variant"):
         first.add_column(name)
-    for name in ("rows\nbalanced", "error\n%", "rows\npower law", "error\n%", "of these, expert\nparallel, %"):
+    for name in (
+        "rows\nbalanced", "error\n%", "rows\npower law", "error\n%", "of these, expert\nparallel, %",
+        "rows of series\nodd at one token", "without them\nbalanced, %", "\npower law, %",
+    ):  # fmt: skip
         first.add_column(name, justify="right")
     for one in errors:
         first.add_row(
             one.device, one.variant, str(one.balanced_rows), _text(one.balanced_percent), str(one.power_law_rows),
-            _text(one.power_law_percent), _text(one.power_law_expert_parallel_percent),
+            _text(one.power_law_percent), _text(one.power_law_expert_parallel_percent), str(one.odd_rows),
+            _text(one.balanced_without_odd_percent), _text(one.power_law_without_odd_percent),
         )  # fmt: skip
     second = Lines(title="Gain of six experts a token over eight", title_justify="left", show_edge=False)
     for name in ("device", "where"):
