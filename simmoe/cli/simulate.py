@@ -11,7 +11,7 @@ import typer
 from simmoe import console
 from simmoe.cli import options
 from simmoe.console import show
-from simmoe.errors import SpecError
+from simmoe.errors import SimmoeError, SpecError
 
 
 def simulate(
@@ -116,18 +116,25 @@ def simulate(
     rules = {name: value for name, value in (("router", router), ("policy", policy)) if value is not None}
     if rules:
         described = described.vary(cluster=flags.checked(described.cluster, rules))
+    if plot is not None:
+        from simmoe.report import plots  # noqa: PLC0415
+
+        plots.check_ending(plot)
     with console.progress() as progress:
         task = progress.add_task("simulating", total=described.run.replications)
-        result = simulation.run_scenario(
-            described, lambda n, _: progress.update(task, completed=n), every_step=trace is not None
-        )
+        try:
+            result = simulation.run_scenario(
+                described, lambda n, _: progress.update(task, completed=n), every_step=trace is not None
+            )
+        except SimmoeError as problem:
+            if described.name == "flags" or str(path) in str(problem):
+                raise
+            raise type(problem)(f"{path}: {problem}") from None
     if trace is not None:
         from simmoe.sim import chrome_trace  # noqa: PLC0415
 
         chrome_trace.write_trace(result.runs[0], trace)
     if plot is not None:
-        from simmoe.report import plots  # noqa: PLC0415
-
         plots.over_time(
             result.series,
             plot,

@@ -44,8 +44,7 @@ def figure(path: Path, width: float = 8.0, height: float = 4.8, **subplots: Any)
     mpl.use("Agg")
     import matplotlib.pyplot as plt  # noqa: PLC0415
 
-    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise SpecError(f"--plot {path}: end the name in .png, .svg or .pdf")
+    check_ending(path)
     with mpl.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         drawing, axes = plt.subplots(figsize=(width, height), layout="constrained", **subplots)
         try:
@@ -56,6 +55,12 @@ def figure(path: Path, width: float = 8.0, height: float = 4.8, **subplots: Any)
             raise SpecError(f"--plot {path}: cannot write ({problem.strerror})") from problem
         finally:
             plt.close(drawing)
+
+
+def check_ending(path: Path) -> None:
+    """SpecError if the name's ending is not a picture format; to ask before the work is done."""
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise SpecError(f"--plot {path}: end the name in .png, .svg or .pdf")
 
 
 def style(index: int) -> dict[str, Any]:

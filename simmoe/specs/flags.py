@@ -131,6 +131,8 @@ def workload_over(
     for name, mean in (("input", input_tokens), ("output", output_tokens)):
         if mean is not None:
             values[name] = _build(Lengths, {"mean": mean}, flag=name)
+    if burstiness is not None and values["concurrency"] is not None:
+        raise SpecError("--burstiness is of an open loop's arrivals; give --rate")
     return _build(Workload, values | own)
 
 
