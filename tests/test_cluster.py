@@ -72,7 +72,7 @@ def loops(draw, most_in=40, most_out=50):
     st.sampled_from([1, 2]),
     st.integers(100, 400),
     st.integers(0, 2**30),
-    st.sampled_from(["vllm", "trtllm", "sglang"]),
+    st.sampled_from(["vllm", "trtllm", "trtllm_max_utilization", "sglang"]),
     st.sampled_from([0.05, 0.4, 2.0]),
     st.sampled_from([0.0, 0.3]),
     st.sampled_from([0, 1]),

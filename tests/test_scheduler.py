@@ -109,6 +109,31 @@ def test_no_evict_admits_only_what_fits_to_its_end():
     assert s.pool.used == 0
 
 
+def test_max_utilization_admits_what_fits_now_and_pauses_the_newest():
+    """Two prompts of 40 tokens beside 60 to come in 100: no eviction takes them in turn, max utilization together.
+
+    A chunked prompt has all its blocks from the start, so that the one behind it waits.
+    """
+    for policy, together in (("trtllm", 1), ("trtllm_max_utilization", 2)):
+        s = scheduler(kv=100, block=10, policy=policy)
+        queue(s, (40, 21), (40, 21))
+        run(s)
+        assert len(s.running) == together
+    served = []
+    while not s.idle:
+        served += s.complete(s.plan(0), 0)
+        assert 0 <= s.pool.free <= s.pool.total
+    assert [r.preemptions for r in served] == [0, 1]
+    s = scheduler(kv=100, block=10, budget=20, policy="trtllm_max_utilization")
+    queue(s, (80, 2), (15, 2))
+    run(s)
+    assert (s.pool.used, len(s.running)) == (8, 1)
+    s = scheduler(kv=100, block=10, budget=20)
+    queue(s, (80, 2), (15, 2))
+    run(s)
+    assert s.pool.used == 2
+
+
 def test_unknown_policy_names_the_known_ones():
-    with pytest.raises(SpecError, match="'fifo' is unknown; known: sglang, trtllm, vllm"):
+    with pytest.raises(SpecError, match="'fifo' is unknown; known: sglang, trtllm, trtllm_max_utilization, vllm"):
         policy_named("fifo")

@@ -116,7 +116,7 @@ tiers = st.builds(
     st.one_of(st.none(), tiers),
     st.integers(0, 2**32),
     st.sampled_from(["round_robin", "least_outstanding", "power_of_two"]),
-    st.sampled_from(["vllm", "vllm", "trtllm", "sglang"]),
+    st.sampled_from(["vllm", "vllm", "trtllm", "trtllm_max_utilization", "sglang"]),
     st.sampled_from([0, 1]),
 )
 def test_fast_forward_equals_stepping_one_at_a_time(scenario, tier, seed, router, policy, steps_ahead):

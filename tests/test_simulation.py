@@ -258,7 +258,10 @@ def test_flags_of_traffic_and_scheduling_are_those_of_a_file():
         (("--goodput", "ttft=3"), "--goodput 'ttft=3': ttft: '3' is not in second"),
         (("--rate", "3", "--burstiness", "0"), "--burstiness: 0 will not do: it should be above 0; 1 is Poisson"),
         (("--burstiness", "2"), "--burstiness is of an open loop's arrivals; give --rate"),
-        (("--policy", "fifo"), "--policy: 'fifo' will not do: it should be 'vllm', 'trtllm', 'sglang' or 'vllm_v0'"),
+        (
+            ("--policy", "fifo"),
+            "--policy: 'fifo' will not do: it should be 'vllm', 'trtllm', 'trtllm_max_utilization', ",
+        ),
         (("--router", "dice"), "--router: 'dice' will not do: it should be 'round_robin', "),
     ],
 )

@@ -51,7 +51,10 @@ def simulate(
         str | None, typer.Option(help="round_robin, least_outstanding, power_of_two or prefix_aware.")
     ] = None,
     policy: Annotated[
-        str | None, typer.Option(help="Scheduling: vllm, sglang, trtllm or vllm_v0. [default: the engine's]")
+        str | None,
+        typer.Option(
+            help="Scheduling: vllm, sglang, trtllm, trtllm_max_utilization or vllm_v0. [default: the engine's]"
+        ),
     ] = None,
     trace: Annotated[Path | None, typer.Option(help="Write steps, batches, queue, KV use here, for Perfetto.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw queue, batch and KV use over time to this file.")] = None,

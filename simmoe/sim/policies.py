@@ -16,13 +16,13 @@ from simmoe.sim.scheduler import Scheduler
 Policy = Callable[[Scheduler, int], bool]
 
 
-def vllm(s: Scheduler, now: int) -> bool:
+def vllm(s: Scheduler, now: int, *, whole_prompts: bool = False) -> bool:
     """One token budget per step, as vLLM's V1 scheduler (``vllm/v1/core/sched/scheduler.py``).
 
     Running requests come first: each decoding one takes a token and its drafts (and, where its last block is full, a
     block; while blocks lack, the newest running request is preempted), then the unfinished prompt goes on. What is left
     of the budget admits waiting requests in order of arrival, chunking the last prompt, while seats and blocks for the
-    chunk last; not in a step that preempted.
+    chunk last (with ``whole_prompts`` for the prompt, all taken at once); not in a step that preempted.
     """
     pool = s.pool
     preempted = False
@@ -36,6 +36,9 @@ def vllm(s: Scheduler, now: int) -> bool:
         cached = partial.cached
         new = min(partial.target - cached, budget)
         blocks = pool.blocks_of(cached + new) - pool.blocks_of(cached)
+        if whole_prompts:
+            partial.reserved -= blocks
+            blocks = 0
         if blocks <= room:
             pool.take(blocks)
             room -= blocks
@@ -54,13 +57,23 @@ def vllm(s: Scheduler, now: int) -> bool:
         cached, hit, idle = s.found(waiting[0])
         new = min(waiting[0].target - cached, budget)
         blocks = pool.blocks_of(cached + new) - hit
-        if blocks + idle > room:
+        reserved = pool.blocks_of(waiting[0].target) - hit - blocks if whole_prompts else 0
+        if blocks + reserved + idle > room:
             break
-        s.admit(new, blocks, now, cached, hit)
+        s.admit(new, blocks, now, cached, hit, reserved)
         seats -= 1
-        room -= blocks + idle
+        room -= blocks + reserved + idle
         budget -= new
     return True
+
+
+def max_utilization(s: Scheduler, now: int) -> bool:
+    """Who is running goes on while blocks last, the newest pauses where they do not; prompts take theirs whole.
+
+    As TensorRT-LLM's ``MAX_UTILIZATION`` capacity scheduler (``capacityScheduler.cpp``): one step's blocks for each
+    request that has begun, then waiting ones in order, until one does not fit. Left out: its look two steps ahead.
+    """
+    return vllm(s, now, whole_prompts=True)
 
 
 def no_evict(s: Scheduler, now: int) -> bool:
@@ -179,7 +192,13 @@ NEW_TOKEN_RATIO = 0.1
 
 _ROUNDING = 1e-9  # of steps: looking a step too early costs nothing
 
-POLICIES: dict[str, Policy] = {"vllm": vllm, "trtllm": no_evict, "sglang": prefill_first, "vllm_v0": whole_prompts}
+POLICIES: dict[str, Policy] = {
+    "vllm": vllm,
+    "trtllm": no_evict,
+    "trtllm_max_utilization": max_utilization,
+    "sglang": prefill_first,
+    "vllm_v0": whole_prompts,
+}
 
 #: the policy an engine's name stands for
 POLICY_OF_ENGINE = {"vllm": "vllm", "trtllm": "trtllm", "sglang": "sglang", "generic": "vllm"}

@@ -27,6 +27,7 @@ class Request:
         "path",
         "preemptions",
         "prompt",
+        "reserved",
         "swapped",
         "target",
         "tokens",
@@ -62,6 +63,8 @@ class Request:
         """The prompt in the prefix cache, once looked up."""
         self.held: Held = []
         """Blocks of it there that this request holds."""
+        self.reserved = 0
+        """Blocks it has for the rest of its prompt."""
         self.loaded = 0
         """Tokens whose keys and values come with it, computed elsewhere."""
         self.swapped = 0
@@ -74,5 +77,5 @@ class Request:
             self.target = cached + 1
             self.finish_step = -1
             self.last_token = now
-        self.cached = self.loaded = self.swapped = 0
+        self.cached = self.loaded = self.swapped = self.reserved = 0
         self.preemptions += 1

@@ -196,10 +196,11 @@ class Scheduler:
         hit, away, idle = self.prefixes.found(request.path, request.target)
         return max(request.swapped, (hit + away) * self.pool.block_tokens), hit, idle
 
-    def admit(self, new: int, blocks: int, now: int, cached: int = 0, hit: int = 0) -> None:
+    def admit(self, new: int, blocks: int, now: int, cached: int = 0, hit: int = 0, reserved: int = 0) -> None:
         """Take the head of the queue into the next step with a chunk of ``new`` tokens after ``cached`` ones.
 
-        ``blocks`` are those it takes beyond the ``hit`` ones that were `found` on the device.
+        ``blocks`` are those it takes for them beyond the ``hit`` ones that were `found` on the device, ``reserved``
+        those it takes for chunks to come.
         """
         request = self.waiting.popleft()
         if self.prefixes is not None and request.path:
@@ -213,7 +214,8 @@ class Scheduler:
                 request.swapped = 0
         if request.admitted < 0:
             request.admitted = now
-        self.pool.take(blocks)
+        self.pool.take(blocks + reserved)
+        request.reserved = reserved
         self.running[request] = None
         request.cached = cached
         self.chunks.append((request, new, cached))
@@ -224,7 +226,7 @@ class Scheduler:
         if request is self.partial:
             self.partial = None
             cached = request.cached
-            self._free(request, self.pool.blocks_of(cached))
+            self._free(request, self.pool.blocks_of(cached) + request.reserved)
             request.lose_cache(0, now)
         else:
             if self.paused:  # the newest decoding request is among the last to have paused

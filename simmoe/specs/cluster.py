@@ -11,7 +11,7 @@ from simmoe.specs.deployment import Deployment
 from simmoe.specs.hardware import Link
 
 RouterName = Literal["round_robin", "least_outstanding", "power_of_two", "prefix_aware"]
-PolicyName = Literal["vllm", "trtllm", "sglang", "vllm_v0"]
+PolicyName = Literal["vllm", "trtllm", "trtllm_max_utilization", "sglang", "vllm_v0"]
 
 
 class Failures(Spec):

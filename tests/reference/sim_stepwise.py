@@ -161,7 +161,8 @@ class Rank:
         cached = self.cached(job, here, there)
         new = min(job.known - cached, left)
         idle = sum(not self.users[number] for number in here)
-        needed = -(-(cached + new) // self.block) - len(here)
+        taken = job.known if self.policy == "trtllm_max_utilization" else cached + new
+        needed = -(-taken // self.block) - len(here)
         if needed + idle > len(self.free):
             return 0
         for number in here:
