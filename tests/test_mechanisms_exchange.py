@@ -89,6 +89,16 @@ def test_staging_wins_for_small_messages_and_loses_for_large_ones(ranks):
     assert large["hierarchical"] > 1.02 * large["flat"]
 
 
+def test_gathered_results_are_reduced_over_tensor_parallel_ranks_too():
+    """vLLM: every rank sums what its experts made; ranks of one index are reduced, then those of a group."""
+    mixtral, layout = load_model("mixtral-8x7b"), Deployment(gpus=4, tp=2, dp=2, ep=4)
+    reduced = {
+        name: Engine(H100, mixtral, layout.vary(exchange=Exchange(algorithm=name))).step(Batch(64, 64_000)).all_reduce_s
+        for name in ("gather", "flat")
+    }
+    assert reduced["gather"] == pytest.approx(2 * reduced["flat"])
+
+
 def test_a_gathered_exchange_overtakes_the_flat_one_as_ranks_grow():
     """Tutel, table 6: 2DH is slower at small scale, faster from hundreds of ranks on; crossing between 64 and 2048."""
     n = 16e6

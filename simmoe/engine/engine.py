@@ -137,7 +137,9 @@ class Engine:
             parts |= self.moe.parts(local)
             self.sigma |= self.moe.sigma
         if d.tp_size > 1:
-            after_ffn = m.dense_layers if self._exchanges_tokens else m.layers
+            # gathered tokens come back as sums over the ranks of one index, which are reduced once more
+            reduced = not self._exchanges_tokens or d.exchange.algorithm == "gather"
+            after_ffn = m.layers if reduced else m.dense_layers
             message = local * m.hidden * 2.0
             parts["all_reduce"] = (m.layers + after_ffn) * self._all_reduce(message)
         self.sigma["elementwise"] = UNFITTED_LOG_SIGMA

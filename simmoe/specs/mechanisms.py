@@ -20,8 +20,9 @@ class Exchange(Spec):
     Closed forms on the hardware's links: ``flat`` (every pair of ranks talks), ``hierarchical`` (inside nodes, then
     between; DeepSpeed-MoE), ``two_dh`` (the same with messages gathered first; Tutel), ``coordinated`` (ranks of one
     tensor-parallel index talk, then gather; DeepSpeed-MoE). ``gather``: every rank gathers all ranks' tokens, computes
-    what its experts are to do with them, and the results are reduced and scattered: vLLM's default inside a node
-    (``allgather_reducescatter``), and what attention data parallelism does in SGLang and TensorRT-LLM there.
+    what its experts are to do with them, and the results are reduced and scattered, then reduced over tensor-parallel
+    ranks: vLLM's default inside a node (``allgather_reducescatter``), and what attention data parallelism does in
+    SGLang and TensorRT-LLM there.
     """
 
     algorithm: Literal[
