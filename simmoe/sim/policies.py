@@ -200,9 +200,6 @@ POLICIES: dict[str, Policy] = {
     "vllm_v0": whole_prompts,
 }
 
-#: the policy an engine's name stands for
-POLICY_OF_ENGINE = {"vllm": "vllm", "trtllm": "trtllm", "sglang": "sglang", "generic": "vllm"}
-
 
 def policy_named(name: str) -> Policy:
     """The policy called ``name``.

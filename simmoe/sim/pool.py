@@ -18,13 +18,14 @@ from simmoe.sim.acceptance import Acceptance, DrawnPool
 from simmoe.sim.clock import Clock
 from simmoe.sim.kv_cache import BlockPool
 from simmoe.sim.offload_books import Bookkeeping
-from simmoe.sim.policies import POLICY_OF_ENGINE, policy_named
+from simmoe.sim.policies import policy_named
 from simmoe.sim.recorder import Recorder
 from simmoe.sim.replica import Replica
 from simmoe.sim.request import Request
 from simmoe.sim.routers import Router
 from simmoe.sim.scheduler import Scheduler
 from simmoe.sim.ticks import TickTable
+from simmoe.specs.cluster import POLICY_OF_ENGINE
 from simmoe.specs.deployment import Deployment
 
 

@@ -13,6 +13,9 @@ from simmoe.specs.hardware import Link
 RouterName = Literal["round_robin", "least_outstanding", "power_of_two", "prefix_aware"]
 PolicyName = Literal["vllm", "trtllm", "trtllm_max_utilization", "sglang", "vllm_v0"]
 
+#: the scheduling policy an engine's name stands for
+POLICY_OF_ENGINE = {"vllm": "vllm", "trtllm": "trtllm", "sglang": "sglang", "generic": "vllm"}
+
 
 class Failures(Spec):
     """Replicas fail at random, lose their caches, and come back.

@@ -6,8 +6,7 @@ decoding `decode_steps` stands for O - 1, and each decoding request brings the r
 the steps carries a chunk of c prompt tokens, so the mean step is t = t_decode(B) + f (t_mixed - t_decode), throughput
 X = r / t, and Little's law gives the requests in flight N = B + X (time spent in prefill): over r, a table of X(N).
 
-Data-parallel ranks step together and wait for the slowest: for the longest of the prompts that meet in a step, and for
-the rank whose requests hold the most context, a maximum of sums that vary.
+Engines that let decodes wait while prompts are computed have steps of two kinds, see `simmoe.steady.prefill_first`.
 
 In a closed loop equal output lengths keep requests in cohorts that start and end together; then a prompt step carries
 a cohort. Left out: the transient at start, preemption. `simmoe.sim` has them.
@@ -19,22 +18,23 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property, lru_cache
-from statistics import NormalDist
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simmoe.engine.step import StepTable
 from simmoe.errors import CapacityError
+from simmoe.specs.cluster import POLICY_OF_ENGINE
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.workload import Lengths, Workload
+from simmoe.steady.prefill_first import prefill_first, prompts_first
+from simmoe.steady.step_times import GRID, Load, StepTimes
 
 Array = NDArray[np.float64]
 
-_GRID = 160
 #: What metrics show of a curve.
-SHOWN = ("step_s", "tpot_s", "decode_step_s", "mixed_step_s", "mixed_share", "decoding", "prefill_s")
+SHOWN = ("step_s", "tpot_s", "decode_step_s", "mixed_step_s", "long_gap_s", "long_gap_share", "decoding", "prefill_s")
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,18 @@ class Curve:
         less where a step emits several. [s]
     mixed_share : share of steps that carry prompt tokens. [-]
     decoding : mean decoding requests. [requests]
+    long_gap_s, long_gap_share : gap between two tokens of a request that spans a step with prompt tokens, and the share
+        of gaps that do. [s], [-]
     prefill_s : time from first being scheduled to the first token. [s]
+    prompt_s : what one more prompt adds to a step that carries any. [s]
+    room : tokens that a step has for prompts. [tokens]
     chunk : prompt tokens in a step that carries any. [tokens]
     beside : decoding requests in such a step. [requests]
     width : rows that a decoding request brings to a step. [tokens]
     limit : what ends the curve: "KV cache", "max_num_seqs" or "token budget".
     token_budget : most tokens in one step. [tokens]
     steps_ahead : steps decided before the running one ends, 0 or 1.
+    prompts_first : whether decodes wait while prompts are computed.
     """
 
     in_flight: Array
@@ -66,14 +71,19 @@ class Curve:
     mixed_step_s: Array
     tpot_s: Array
     mixed_share: Array
+    long_gap_s: Array
+    long_gap_share: Array
     decoding: Array
     prefill_s: Array
+    prompt_s: Array
+    room: Array
     chunk: Array
     beside: Array
     limit: str
     token_budget: float
     width: int = 1
     steps_ahead: int = 0
+    prompts_first: bool = False
 
     @cached_property
     def peak(self) -> int:
@@ -85,12 +95,15 @@ class Curve:
         return {name: np.interp(in_flight, self.in_flight, getattr(self, name)) for name in names}
 
 
-def load_curve(table: StepTable, deployment: Deployment, workload: Workload, kv_tokens: float) -> Curve:
+def load_curve(
+    table: StepTable, deployment: Deployment, workload: Workload, kv_tokens: float, policy: str | None = None
+) -> Curve:
     """Tabulate one replica's steady states for a workload's lengths; its load does not matter.
 
     Parameters
     ----------
     kv_tokens : tokens the replica's KV cache holds. [tokens]
+    policy : scheduling policy, None: the engine's own.
 
     Raises
     ------
@@ -112,13 +125,35 @@ def load_curve(table: StepTable, deployment: Deployment, workload: Workload, kv_
     limit = "KV cache" if by_kv < deployment.requests_per_replica else "max_num_seqs"
     budget = float(min(deployment.tokens_per_replica, table.max_tokens))
 
+    times = StepTimes(table, deployment, workload)
+    load = Load(times=times, steps=steps, most=most, budget=budget, width=width, dp=deployment.dp)
+    first = prompts_first(policy or POLICY_OF_ENGINE[deployment.engine]) and steps > 0
+    if first:
+        columns = prefill_first(load, workload)
+    else:
+        columns = _together(load, workload)
+        if budget / (input_tokens + width * steps) < most / max(steps, 1.0):
+            limit = "token budget"
+    seen_s = columns.pop("seen_s")
+    columns["tpot_s"] = seen_s * steps / max(output_tokens - 1, 1e-9)
+    in_flight = np.maximum.accumulate(np.maximum(columns.pop("in_flight"), 1.0))
+    end = max(1.0 + 1e-9, min(most, float(in_flight[-1])))
+    n = np.append(in_flight[in_flight < end], end)
+    at_n = {name: np.interp(n, in_flight, column) for name, column in columns.items()}
+    return Curve(
+        in_flight=n, **at_n, limit=limit, token_budget=budget, width=width, steps_ahead=table.steps_ahead,
+        prompts_first=first,
+    )  # fmt: skip
+
+
+def _together(load: Load, workload: Workload) -> dict[str, Array]:
+    """One budget for the tokens of decodes and prompts: columns of the curve over requests per step."""
+    times, steps, budget, width = load.times, load.steps, load.budget, load.width
+    input_tokens = workload.input.mean
     # requests per step: up to all slots decoding, or the token budget, whichever ends first
-    by_budget = budget / (input_tokens + width * steps)
-    by_slots = most / max(steps, 1.0)
-    if by_budget < by_slots:
-        limit = "token budget"
     alone = 1.0 / (math.ceil(input_tokens / budget) + steps)  # one request at a time
-    r = np.geomspace(alone, max(min(by_budget, by_slots), alone * 1.001), _GRID)
+    most = min(budget / (input_tokens + width * steps), load.most / max(steps, 1.0))
+    r = np.geomspace(alone, max(most, alone * 1.001), GRID)
     decoding = r * steps
     prompt = r * input_tokens
     together: float | Array = 1.0
@@ -135,53 +170,33 @@ def load_curve(table: StepTable, deployment: Deployment, workload: Workload, kv_
     # a cohort whose prompts are in a step does not decode there, but does in the others: the mean is ``decoding``
     beside = np.maximum(decoding - (cohort - 1.0) * (1.0 - share), 0.0)
     between = decoding + (cohort - 1.0) * share
-    mean_context = input_tokens + output_tokens / 2
-    varied = _cv2(workload.input)
-    dp = deployment.dp
-    largest = _largest_normal(dp)
-    fullest = 1.0 + largest[-1] * _context_cv(workload) / np.sqrt(np.maximum(between / dp, 1.0))
-    longest = 1.0 + math.sqrt(varied) * np.interp(chunk / input_tokens, np.arange(1, dp + 1), largest)
-    decode_step = _decode_s(table, between, between * mean_context * fullest)
-    pieces = np.maximum(np.ceil(input_tokens / chunk), 1.0)
-    # ranks that step together wait for the one that has a prompt: attention and head as if each had one
-    slowest = np.maximum(chunk, dp * np.minimum(chunk, input_tokens * longest))
-    # a prompt meets itself: pairs grow as the mean of squares
-    pairs = slowest * (input_tokens * (longest + varied / longest) + 1) / 2
-    sampled = np.minimum(width * beside + slowest / input_tokens, len(table.head_s) - 1)
-    tokens_s, share_shown = _with_prompts(table, width * beside + chunk, cohort)
-    mixed_step = (
-        tokens_s
-        + np.interp(sampled, np.arange(len(table.head_s)), table.head_s)
-        + _attention_s(table, beside, beside * mean_context * fullest)
-        + share_shown * (table.prefill_base_s + table.prefill_per_token_s * slowest + table.prefill_per_pair_s * pairs)
-    )
+    decode_step = times.decode_s(between)
+    mixed_step = times.mixed_s(beside, chunk, times.fullest(between))
     step = decode_step * (1 - share) + share * mixed_step
     throughput = r / step
-    prefill = pieces * mixed_step
+    prefill = np.maximum(np.ceil(input_tokens / chunk), 1.0) * mixed_step
     seen = step
     in_flight = throughput * (prefill + steps * seen)
     for _ in range(3):
         seen = decode_step + share * (mixed_step - decode_step) * np.maximum(1 - cohort / in_flight, 0.0)
         in_flight = throughput * (prefill + steps * seen)
-    in_flight = np.maximum.accumulate(np.maximum(in_flight, 1.0))
-    end = max(1.0 + 1e-9, min(most, float(in_flight[-1])))
-    n = np.append(in_flight[in_flight < end], end)
-    columns = {
+    return {
+        "in_flight": in_flight,
         "requests_per_s": throughput,
         "step_s": step,
         "decode_step_s": decode_step,
         "mixed_step_s": mixed_step,
-        "tpot_s": seen * steps / max(output_tokens - 1, 1e-9),
+        "seen_s": seen,
         "mixed_share": share,
+        "long_gap_s": mixed_step,
+        "long_gap_share": share,
         "decoding": decoding,
         "prefill_s": prefill,
+        "prompt_s": np.maximum(mixed_step - decode_step, 0.0) / cohort,
+        "room": np.maximum(budget - width * decoding, 1.0),
         "chunk": chunk,
         "beside": beside,
     }
-    at_n = {name: np.interp(n, in_flight, column) for name, column in columns.items()}
-    return Curve(
-        in_flight=n, **at_n, limit=limit, token_budget=budget, width=width, steps_ahead=table.steps_ahead
-    )  # fmt: skip
 
 
 def decode_steps(output: Lengths, tokens_per_step: Fraction) -> float:
@@ -196,60 +211,6 @@ def decode_steps(output: Lengths, tokens_per_step: Fraction) -> float:
         return math.ceil(Fraction(after_first).limit_denominator(1000) / tokens_per_step)
     p = tokens_per_step.numerator
     return after_first / float(tokens_per_step) + (p - 1) / (2 * p)
-
-
-def _with_prompts(table: StepTable, rows: Array, prompts: Array) -> tuple[Array, Array]:
-    """Part that depends on the rows alone, of steps with prompts; and the share of prompts' attention. [s], [-]"""
-    by_batches, shares = table.prompts
-    index = np.arange(table.max_tokens + 1)
-    if len(shares) == 1:
-        return np.interp(rows, index, by_batches[0]), shares
-    chosen = np.minimum(prompts, float(len(shares))).astype(np.int64) - 1
-    times = np.stack([np.interp(rows, index, row) for row in by_batches])
-    return times[chosen, np.arange(rows.size)], shares[chosen]
-
-
-def _cv2(lengths: Lengths) -> float:
-    """Squared coefficient of variation of a length. [-]"""
-    if lengths.kind == "lognormal":
-        return lengths.cv**2
-    if lengths.kind == "uniform" and lengths.high is not None:
-        return (lengths.high - lengths.low) ** 2 / 12 / lengths.mean**2
-    if lengths.kind == "empirical" and lengths.values:
-        return float(np.var(lengths.values)) / lengths.mean**2
-    return 0.0
-
-
-def _context_cv(workload: Workload) -> float:
-    """Coefficient of variation of a decoding request's context: its prompt, and how far its output has come. [-]"""
-    i, o = workload.input.mean, workload.output.mean
-    in_step = workload.concurrency is not None and workload.output.kind == "fixed"  # cohorts come on together
-    progress = 0.0 if in_step else o**2 / 12
-    return math.sqrt(_cv2(workload.input) * i**2 + progress) / (i + o / 2)
-
-
-@lru_cache(maxsize=64)
-def _largest_normal(most: int) -> Array:
-    """Expected largest of 1 .. ``most`` standard normals, shape (most,) (Blom, 1958; within 2 %). [-]"""
-    normal = NormalDist()
-    return np.array([normal.inv_cdf((n - 0.375) / (n + 0.25)) for n in range(1, most + 1)])
-
-
-def _decode_s(table: StepTable, decoding: Array, context: Array) -> Array:
-    """Pure decode step for a fractional number of requests; at least one is there while a step runs."""
-    at_least = np.maximum(decoding, 1.0)
-    scale = np.divide(at_least, decoding, out=np.ones_like(decoding), where=decoding > 0)
-    rows = at_least * table.rows_per_decode
-    tokens = np.interp(rows, np.arange(table.max_tokens + 1), table.token_s)
-    head = np.interp(rows, np.arange(len(table.head_s)), table.head_s)
-    return np.asarray(tokens + head + _attention_s(table, at_least, context * scale), dtype=np.float64)
-
-
-def _attention_s(table: StepTable, decoding: Array, context: Array) -> Array:
-    index = np.arange(len(table.decode_base_s))
-    base = np.interp(decoding, index, table.decode_base_s)
-    slope = np.interp(decoding, index, table.decode_per_context_s)
-    return np.where(decoding > 0, base * np.minimum(decoding, 1.0) + slope * context, 0.0)
 
 
 def saturation_requests_per_s(curve: Curve) -> float:

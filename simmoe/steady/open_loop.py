@@ -127,15 +127,14 @@ def _ttft(curve: Curve, workload: Workload, rates: Array, p: Array, full: Array,
     Axes: rate, step met, step decided ahead, moment, other prompts, number in the system.
     """
     mass, states, there = _representatives(p)
-    at = curve.at(states, ("decode_step_s", "mixed_step_s", "mixed_share", "prefill_s", "decoding", "chunk"))
+    at = curve.at(states, ("decode_step_s", "mixed_step_s", "mixed_share", "prefill_s", "prompt_s", "room", "chunk"))
     idle = np.minimum(np.where(states < 1, 1 - states, 0.0), 1.0)
     long = at["mixed_share"] * at["mixed_step_s"]
     into_long = long / (long + (1 - at["mixed_share"]) * at["decode_step_s"])
-    room = np.maximum(curve.token_budget - curve.width * at["decoding"], 1.0)[:, None]
+    room = at["room"][:, None]
     cohort = np.maximum(at["chunk"] / workload.input.mean, 1.0)  # prompts that the mixed step already holds
-    marginal = np.maximum(at["mixed_step_s"] - at["decode_step_s"], 0.0) / cohort  # of one more prompt in the step
     more_steps = np.ceil((1 + _OTHERS) * workload.input.mean / room) - np.ceil(workload.input.mean / room)
-    company = np.maximum(_OTHERS - (cohort[:, None] - 1), 0.0) * marginal[:, None] * (more_steps == 0)
+    company = np.maximum(_OTHERS - (cohort[:, None] - 1), 0.0) * at["prompt_s"][:, None] * (more_steps == 0)
     own = at["prefill_s"][:, None] + company + more_steps * at["mixed_step_s"][:, None]
 
     step_s = np.stack([at["decode_step_s"], at["mixed_step_s"]], axis=1)

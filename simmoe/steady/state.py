@@ -60,9 +60,11 @@ def _closed(
     curve: Curve, deployment: Deployment, workload: Workload, kv_tokens: float, clients: float
 ) -> tuple[ServingMetrics, str]:
     top = float(curve.in_flight[-1])
-    # equal outputs keep cohorts together, each prefilled in the step after the last one's
+    # equal outputs keep cohorts together, each prefilled in the step after the last one's; where prompts go first, they
+    # are one cohort
     equal = workload.output.kind == "fixed"
-    cohorts = max(1.0, min(clients, top) * workload.input.mean / curve.token_budget) if equal else 1.0
+    apart = equal and not curve.prompts_first
+    cohorts = max(1.0, min(clients, top) * workload.input.mean / curve.token_budget) if apart else 1.0
     one_cohort = equal and cohorts == 1.0
     # who ends sends again at once and waits for the step decided ahead, if anybody is left to step
     ahead = 0.0 if one_cohort else curve.steps_ahead * min(1.0, max(0.0, clients - 1.0))
@@ -81,6 +83,9 @@ def _closed(
     ttft_mean = queue + prefill + met_waiting
     at["tpot_s"] -= met_waiting / max(output - 1, 1.0)
     ttft = Quantiles(mean=ttft_mean, p50=ttft_mean, p90=ttft_mean, p99=ttft_mean + (0.0 if one_cohort else prefill))
+    if equal and curve.prompts_first:  # first tokens come step by step, evenly on both sides of the mean
+        half = max(0.0, prefill - at["mixed_step_s"])
+        ttft = Quantiles(mean=ttft_mean, p50=ttft_mean, p90=ttft_mean + 0.8 * half, p99=ttft_mean + 0.98 * half)
     metrics = _metrics(
         deployment, workload, kv_tokens, throughput, at, ttft, _around(at["tpot_s"]), running=running, waiting=waiting,
         utilisation=1.0,
@@ -116,7 +121,7 @@ def _metrics(
         total_tokens_per_s=total * (output + workload.input.mean),
         ttft=ttft,
         tpot=tpot,
-        itl=_itl(at["decode_step_s"], at["mixed_step_s"], at["mixed_share"]),
+        itl=_itl(at["decode_step_s"], at["long_gap_s"], at["long_gap_share"]),
         e2e=e2e,
         mean_running=running * replicas,
         mean_waiting=waiting * replicas,

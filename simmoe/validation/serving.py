@@ -125,7 +125,7 @@ def solve(run: Run, *, seed: int = 0) -> tuple[ServingMetrics, float, tuple[str,
         return _solve_pools(run, run.decode, seed)
     parts = compiled_for(run.hardware, run.model, run.deployment, run.workload)
     tokens = parts.memory.kv_tokens
-    curve = load_curve(parts.table, run.deployment, run.workload, tokens)
+    curve = load_curve(parts.table, run.deployment, run.workload, tokens, run.policy)
     if run.requests is not None:
         metrics = simulate(
             parts.table,
