@@ -302,6 +302,23 @@ def test_launch_lines_carry_the_layout():
         assert '{"num_experts_per_tok": 6}' in line
 
 
+def test_launch_lines_say_how_weights_come_to_their_number_format():
+    for command in (launch.vllm, launch.sglang):
+        assert "--quantization fp8" in command(LITE, Deployment(weight_precision="fp8"), H100)
+        assert "--quantization" not in command(LITE, Deployment(weight_precision="bfloat16"), H100)
+        assert command(LITE, Deployment(weight_precision="int4"), H100).endswith("# needs a checkpoint in int4")
+        assert "--quantization" not in command(V3, Deployment(gpus=8), H200)  # published in fp8 blocks
+
+
+def test_launch_lines_of_one_replica_over_nodes_leave_only_rank_and_address_to_each():
+    two_nodes = launch.vllm(V3, Deployment(gpus=16, tp=16), H200)
+    assert "--nnodes 2" in two_nodes and two_nodes.endswith(
+        "--master-addr and --node-rank, all but the first --headless"
+    )
+    apart = launch.vllm(V3, Deployment(gpus=16, tp=2, dp=8, ep=16), H200)
+    assert "--nnodes" not in apart and "--data-parallel-size-local 4" in apart
+
+
 def test_changes_name_price_objective_spare_and_caps():
     two = (offer(H100, 3.0, name="h100"), offer(H200, 9.0, name="h200"))
     found = plan(question(rate=240.0, offers=two), runner_ups=2)
