@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simmoe.calibrate.fit import Sample, calibrate_operator, fit, held_out, samples
+from simmoe.calibrate.fit import Sample, calibrate_operator, fit, held_out, pseudo_residuals, samples
 from simmoe.costs.calibration import Calibration, FittedParameter, dump, load
 from simmoe.costs.operators import gemm
 from simmoe.costs.operators.base import Operator, Parameter
@@ -215,3 +215,11 @@ def test_a_calibration_of_another_schema_is_refused(tmp_path):
     dump(Calibration(schema_version=99, device="d", created_by="t", digest="0", sources=(), fits=()), path)
     with pytest.raises(CalibrationError, match="schema_version 99; this simmoe reads"):
         load(path)
+
+
+def test_pseudo_residuals_are_the_noise_around_a_smooth_curve():
+    """Of a straight line nothing; of noise its mean size, sqrt(2/pi) sigma, on unevenly spaced places too."""
+    place = np.sort(np.random.default_rng(1).uniform(0, 9, 4000))
+    assert pseudo_residuals(place, 3.0 + 2.0 * place) == pytest.approx(0.0, abs=1e-9)
+    noisy = 3.0 + 2.0 * place + np.random.default_rng(2).normal(0.0, 0.5, place.size)
+    assert pseudo_residuals(place, noisy).mean() == pytest.approx(0.5 * np.sqrt(2 / np.pi), rel=0.05)

@@ -48,6 +48,7 @@ def test_skewed_rows_and_gains_are_judged_apart(part):
     for gain in gains.values():
         assert gain["error_points"] < 8.0  # a part of one table; the whole stays within five
         assert gain["error_points"] < gain["no_effect_points"]
+        assert 0.5 < gain["scatter_points"] < gain["error_points"] + 1.0
 
 
 def test_tables_of_other_kernels_are_refused():

@@ -152,11 +152,9 @@ def _spread(log_ratio: Array) -> tuple[float, float]:
 
 
 def scatter_percent(sample: Sample, residual: Array, sweep: str | None) -> float | None:
-    r"""Mean error that neighbouring rows leave to any model smooth in the swept size; None without neighbours. [%]
+    """Mean error that neighbouring rows leave to any model smooth in the swept size; None without neighbours. [%]
 
-    Pseudo-residuals (Gasser, Sroka and Jennen-Steinmetz, Biometrika 73, 1986): a row's log residual less the line
-    through those of its two neighbours, weights a and b, over :math:`\sqrt{1 + a^2 + b^2}`. What the fit knows of the
-    curve's bend is taken out first. Scatter shared by neighbours (a slow series) is not seen.
+    What the fit knows of the curve's bend is taken out first. Scatter shared by neighbours (a slow series) is not seen.
     """
     if sweep is None:
         return None
@@ -166,13 +164,21 @@ def scatter_percent(sample: Sample, residual: Array, sweep: str | None) -> float
     for number in range(int(series.max()) + 1):
         rows = np.flatnonzero(series.ravel() == number)
         rows = rows[np.argsort(sample.features[sweep][rows], kind="stable")]
-        place, value = np.log(sample.features[sweep][rows]), residual[rows]
-        span = place[2:] - place[:-2]
-        right = np.divide(place[1:-1] - place[:-2], span, out=np.full_like(span, 0.5), where=span > 0)
-        bend = value[1:-1] - (1 - right) * value[:-2] - right * value[2:]
-        found.append(np.abs(bend) / np.sqrt(1 + (1 - right) ** 2 + right**2))
+        found.append(pseudo_residuals(np.log(sample.features[sweep][rows]), residual[rows]))
     each = np.concatenate(found)
     return float(100 * each.mean()) if each.size else None
+
+
+def pseudo_residuals(place: Array, value: Array) -> Array:
+    r"""Size of the scatter of each value that has neighbours on both sides; places ascend.
+
+    A value less the line through its two neighbours, weights a and b, over :math:`\sqrt{1 + a^2 + b^2}` (Gasser, Sroka
+    and Jennen-Steinmetz, Biometrika 73, 1986).
+    """
+    span = place[2:] - place[:-2]
+    right = np.divide(place[1:-1] - place[:-2], span, out=np.full_like(span, 0.5), where=span > 0)
+    bend = value[1:-1] - (1 - right) * value[:-2] - right * value[2:]
+    return np.asarray(np.abs(bend) / np.sqrt(1 + (1 - right) ** 2 + right**2), dtype=np.float64)
 
 
 def _inside_90(log_ratio: Array, fold: NDArray[np.intp]) -> float | None:

@@ -19,7 +19,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table as Lines
 from rich.text import Text
 
-from simmoe.calibrate.fit import held_out, samples
+from simmoe.calibrate.fit import held_out, pseudo_residuals, samples
 from simmoe.costs.operators.experts import MOE
 from simmoe.costs.operators.registry import measured_device, operator_of
 from simmoe.errors import MeasurementError
@@ -53,7 +53,10 @@ class Errors:
 
 @dataclass(frozen=True, kw_only=True)
 class CapGain:
-    """Speed gained by six experts a token over eight [%]; mean absolute error of its cells [points]."""
+    """Speed gained by six experts a token over eight [%]; mean absolute error of its cells [points].
+
+    ``scatter_points``: what cells of neighbouring token counts leave to any gain smooth in tokens; None without any.
+    """
 
     device: str
     where: str
@@ -62,6 +65,7 @@ class CapGain:
     predicted_percent: float
     error_points: float
     no_effect_points: float
+    scatter_points: float | None
 
 
 def compare(paths: Sequence[Path], folds: int = 3) -> tuple[list[Errors], list[CapGain]]:
@@ -148,6 +152,7 @@ def _gains(
         return
     seen, ours = (100 * (time[pairs[:, 0]] / time[pairs[:, 1]] - 1) for time in (measured, predicted))
     first = pairs[:, 0]
+    scatter = _scatter(table, first, seen)
     for where, kept in (
         ("all rows", np.ones(len(pairs), dtype=bool)),
         ("power law", skewed[first]),
@@ -163,7 +168,22 @@ def _gains(
                 predicted_percent=float(ours[kept].mean()),
                 error_points=float(np.abs(ours - seen)[kept].mean()),
                 no_effect_points=float(np.abs(seen[kept]).mean()),
+                scatter_points=_mean(scatter[kept & np.isfinite(scatter)]),
             )
+
+
+def _scatter(table: Table, first: NDArray[np.intp], seen: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Scatter of each cell's gain against those of the next fewer and more tokens; NaN at a series' ends. [points]"""
+    series: dict[tuple[str, ...], list[int]] = {}
+    for cell, key in enumerate(zip(*(table.text(name)[first].tolist() for name in _CELL[:-1]), strict=True)):
+        series.setdefault(key, []).append(cell)
+    place = np.log(table.number("num_tokens")[first])
+    found = np.full(len(first), np.nan)
+    for cells in series.values():
+        order = np.array(cells)[np.argsort(place[cells], kind="stable")]
+        if len(order) > 2:
+            found[order[1:-1]] = pseudo_residuals(place[order], seen[order])
+    return found
 
 
 def _mean(values: NDArray[np.float64]) -> float | None:
@@ -181,8 +201,8 @@ def show_table(errors: Sequence[Errors], gains: Sequence[CapGain]) -> Renderable
     for name in ("device", "variant"):
         first.add_column(name)
     for name in (
-        "rows\nbalanced", "error\n%", "rows\npower law", "error\n%", "of these, expert\nparallel, %",
-        "rows of series\nodd at one token", "without them\nbalanced, %", "\npower law, %",
+        "rows\nbalanced", "error\n%", "rows\npower law", "error\n%", "of these,\nEP, %",
+        "odd\nrows", "without:\nbalanced", "power\nlaw, %",
     ):  # fmt: skip
         first.add_column(name, justify="right")
     for one in errors:
@@ -194,11 +214,12 @@ def show_table(errors: Sequence[Errors], gains: Sequence[CapGain]) -> Renderable
     second = Lines(title="Gain of six experts a token over eight", title_justify="left", show_edge=False)
     for name in ("device", "where"):
         second.add_column(name)
-    for name in ("cells", "measured\n%", "predicted\n%", "error\npoints", '"no effect"\npoints'):
+    for name in ("cells", "measured\n%", "predicted\n%", "error\npoints", '"no effect"\npoints', "scatter\npoints"):
         second.add_column(name, justify="right")
     for gain in gains:
         figures = (gain.measured_percent, gain.predicted_percent, gain.error_points, gain.no_effect_points)
-        second.add_row(gain.device, gain.where, str(gain.cells), *(f"{value:.1f}" for value in figures))
+        shown = (*(f"{value:.1f}" for value in figures), _text(gain.scatter_points))
+        second.add_row(gain.device, gain.where, str(gain.cells), *shown)
     return Group(first, Text(""), second)
 
 
