@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from reference.cluster_stepwise import simulate_cluster
 from reference.sim_stepwise import TICK
 from test_sim import constant_steps
-from test_sim_twin import lengths, make_table
+from test_sim_twin import lengths, make_table, tiers
 
 from simmoe.errors import SpecError
 from simmoe.sim.arrivals import Streams
@@ -45,6 +45,7 @@ def assert_equal_to_twin(result, jobs):
     assert served.first_token_s.tolist() == [j.token_times[0] * TICK for j in twins]
     assert served.finished_s.tolist() == [j.token_times[-1] * TICK for j in twins]
     assert served.preemptions.tolist() == [j.preemptions for j in twins]
+    assert result.found_tokens == sum(j.found for j in twins)
 
 
 @st.composite
@@ -77,14 +78,17 @@ def loops(draw, most_in=40, most_out=50):
     st.sampled_from([0.0, 0.3]),
     st.sampled_from([0, 1]),
     st.sampled_from([None, SPECULATIVE, SPECULATIVE.vary(sampled=True)]),
+    st.sampled_from(["least_outstanding", "prefix_aware"]),
+    st.one_of(st.none(), tiers),
+    st.sampled_from([4, 16]),
 )
 def test_failing_replicas_equal_the_twin(
-    workload, replicas, dp, kv_tokens, seed, policy, between, restart, ahead, speculative
+    workload, replicas, dp, kv_tokens, seed, policy, between, restart, ahead, speculative, router, tier, block
 ):
-    deployment = SMALL.vary(gpus=replicas * dp, dp=dp, speculative=speculative)
+    deployment = SMALL.vary(gpus=replicas * dp, dp=dp, speculative=speculative, kv_block_size=block)
     table = replace(make_table(64 * dp, 8 * dp, rows=deployment.rows_per_decode), steps_ahead=ahead)
     failures = Failures(mean_time_between=between, restart_time=restart)
-    options = {"requests": 25, "seed": seed, "policy": policy}
+    options = {"requests": 25, "seed": seed, "policy": policy, "router": router, "tier": tier}
     jobs = simulate_cluster(table, workload, deployment, kv_tokens * dp, failures=failures, **options)
     result = simulate(
         table, workload, deployment, kv_tokens * dp, keep_load=False, warmup=0.0,
@@ -144,8 +148,14 @@ def test_prefill_and_decode_apart_equal_the_twin(
     st.sampled_from(["round_robin", "least_outstanding", "power_of_two", "prefix_aware"]),
     st.booleans(),
     st.booleans(),
+    st.sampled_from(sorted(POLICIES)),
+    st.sampled_from([None, SPECULATIVE, SPECULATIVE.vary(sampled=True)]),
+    st.sampled_from([None, Prompts(distinct=8, order="random", groups=2, shared_tokens=15)]),
+    st.integers(70, 500),
 )
-def test_everybody_is_served_once_whatever_fails_and_scales(seed, router, failing, scaling):
+def test_everybody_is_served_once_whatever_fails_and_scales(
+    seed, router, failing, scaling, policy, speculative, prompts, kv_tokens
+):
     rules = Cluster(
         router=router,
         failures=Failures(mean_time_between=1.0, restart_time=0.4) if failing else None,
@@ -154,17 +164,25 @@ def test_everybody_is_served_once_whatever_fails_and_scales(seed, router, failin
         else None,
     )
     workload = Workload(
-        rate=30, arrivals=Arrivals(kind="gamma", cv=3), input=fixed(20), output=Lengths(kind="uniform", low=1, high=40)
-    )
+        rate=30, arrivals=Arrivals(kind="gamma", cv=3), input=fixed(20), output=Lengths(kind="uniform", low=1, high=40),
+        prompts=prompts,
+    )  # fmt: skip
+    deployment = SMALL.vary(gpus=2, speculative=speculative, kv_block_size=4)
+    table = make_table(64, 8, rows=deployment.rows_per_decode)
     first, second = (
-        simulate(TABLE, workload, SMALL.vary(gpus=2), 500, requests=120, seed=seed, cluster=rules, keep_load=False)
+        simulate(
+            table, workload, deployment, kv_tokens, requests=120, seed=seed, cluster=rules, policy=policy,
+            keep_load=False,
+        )
         for _ in range(2)
-    )
+    )  # fmt: skip
     served = first.requests.accepted()
     assert Counter(served.request.tolist()) == Counter(range(120))
     assert np.isfinite(served.finished_s).all()
     tokens = (first.steps.decodes * first.steps.steps + first.steps.sampled).sum()
-    assert tokens >= served.output_tokens.sum()  # a prompt's first token is sampled again after a loss
+    # a prompt's first token is sampled again after a loss
+    assert tokens >= served.output_tokens.sum() - 1e-6
+    assert (first.steps.blocks <= np.array(first.kv_blocks)[first.steps.rank.astype(int)] + 1e-9).all()
     assert second.requests.finished_s.tolist() == first.requests.finished_s.tolist()
     assert second.scaling == first.scaling
     assert failing or not first.failures

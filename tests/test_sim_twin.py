@@ -115,7 +115,7 @@ tiers = st.builds(
     st.one_of(scenarios(), repeated_prompts()),
     st.one_of(st.none(), tiers),
     st.integers(0, 2**32),
-    st.sampled_from(["round_robin", "least_outstanding", "power_of_two"]),
+    st.sampled_from(["round_robin", "least_outstanding", "power_of_two", "prefix_aware"]),
     st.sampled_from(["vllm", "vllm", "trtllm", "trtllm_max_utilization", "sglang"]),
     st.sampled_from([0, 1]),
 )

@@ -275,7 +275,9 @@ class Scheduler:
         if self.host is not None:
             self.host = HostMemory(self.host.total)
         if self.prefixes is not None:
+            hit_tokens = self.prefixes.hit_tokens
             self.prefixes = PrefixCache(self.pool, self.host)
+            self.prefixes.hit_tokens = hit_tokens
         self.running.clear()
         self.waiting.clear()
         self.partial = None

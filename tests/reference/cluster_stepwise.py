@@ -42,7 +42,7 @@ class Engines:
         if not taking:
             self.stranded.append(job)
             return
-        target = taking[0] if len(taking) == 1 else self.route(None, self.outstanding, taking)
+        target = taking[0] if len(taking) == 1 else self.route(job.as_routed(), self.outstanding, taking)
         self.outstanding[target] += 1
         self.ranks[target].unseen.append(job)
 
@@ -117,7 +117,7 @@ def simulate_cluster(
     def moved(rank, proxy, now):
         job = jobs[proxy.index]
         job.token_times, job.admitted, job.preemptions = proxy.token_times, proxy.admitted, proxy.preemptions
-        job.tokens = proxy.tokens
+        job.tokens, job.found = proxy.tokens, proxy.found
         if job.output == 1:
             gone(now)
             return

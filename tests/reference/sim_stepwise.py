@@ -11,6 +11,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import ceil, floor
+from types import SimpleNamespace
 
 from simmoe.sim.acceptance import Acceptance
 from simmoe.sim.arrivals import Streams, arrival_ticks, shapes
@@ -48,6 +49,10 @@ class Job:
     def known(self) -> int:
         """Tokens that exist: the prompt and what was generated."""
         return self.prompt + self.tokens
+
+    def as_routed(self):
+        """What a router sees of it."""
+        return SimpleNamespace(prompt=self.segments, input_tokens=self.prompt)
 
     @property
     def content(self):
@@ -400,7 +405,7 @@ def simulate_stepwise(
         while len(jobs) + len(refused) < requests:
             job = Job(len(jobs) + len(refused), now, *next(lengths))
             if ranks[0].most_blocks(job) <= ranks[0].total:
-                target = 0 if len(ranks) == 1 else route(None, outstanding, range(len(ranks)))
+                target = 0 if len(ranks) == 1 else route(job.as_routed(), outstanding, range(len(ranks)))
                 jobs[job.index] = job
                 outstanding[target] += 1
                 ranks[target].unseen.append(job)
