@@ -1,5 +1,6 @@
 """Who gets the tokens: every law and rule against drawn routings, and none of them without effect."""
 
+import json
 import math
 import time
 
@@ -401,6 +402,18 @@ def test_a_wrong_flag_is_told(text, says):
     result = CliRunner().invoke(app, ["predict", "h100", "--routing", text])
     assert isinstance(result.exception, SpecError)
     assert says in str(result.exception)
+
+
+def test_no_score_of_a_fixed_k_is_shown_beside_one_that_varies():
+    words = ["predict", "h100", "--model", "deepseek-v2-lite", "--active-experts", "6,4"]
+    fixed, varied = (
+        CliRunner().invoke(app, [*words, *more]).stdout for more in ([], ["--routing", "uniform,entropy=0.8"])
+    )
+    assert "Measured for DeepSeek-V2-Lite" in fixed
+    assert "Measured for" not in varied
+    assert "k that varies from token to token or layer to layer: not measured" in " ".join(varied.split())
+    asked = json.loads(CliRunner().invoke(app, [*words, "--routing", "uniform,entropy=0.8", "--json"]).stdout)
+    assert [row["quality"] for row in asked["predictions"]] == [[], []]
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,10 @@ def quality_table(predictions: Sequence[Prediction]) -> RenderableType:
     """Measured scores per cap; for a model nobody measured, the range others spanned, said to be theirs."""
     first = predictions[0]
     assert first.model.experts is not None
+    if first.deployment.routing.varies_k:
+        return Text(
+            f"{QUALITY_NOTE}\n  k that varies from token to token or layer to layer: not measured", style="yellow"
+        )
     rows = {p.active_experts: _scores(p) for p in predictions}
     benchmarks = list(dict.fromkeys(score.curve.benchmark for row in rows.values() for score in row))
     if not benchmarks:
@@ -72,6 +76,8 @@ def quality_table(predictions: Sequence[Prediction]) -> RenderableType:
 
 def _scores(p: Prediction) -> tuple[quality.Score, ...]:
     d = p.deployment
+    if d.routing.varies_k:
+        return ()
     refill = d.routing.refill_to is not None
     return quality.scores(
         p.model.name,

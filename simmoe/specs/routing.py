@@ -76,6 +76,12 @@ class Routing(Spec):
     )
     redundant_experts: int = Field(default=0, ge=0, description="Extra copies of popular experts, over all ranks.")
 
+    @property
+    def varies_k(self) -> bool:
+        """Whether k differs between tokens or layers: no quality was measured for that."""
+        rules = (self.top_k_per_layer, self.top_k_shares, self.keep_threshold, self.keep_entropy)
+        return any(rule is not None for rule in rules)
+
     def in_words(self) -> str:
         """What is assumed of the router, for people: "uniform over experts", "zipf, exponent 0.8, independence 0.5"."""
         changed = {
