@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import test_traces as traced
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -267,6 +268,42 @@ def test_flags_of_traffic_and_scheduling_are_those_of_a_file():
 )
 def test_what_is_wrong_with_a_flag_is_one_line(options, message):
     assert message in str(run("h100", "--requests", "20", *options).exception)
+
+
+@pytest.mark.parametrize(
+    ("text", "load", "served"),
+    [
+        (traced.AZURE, "open loop, 0.7936 requests/s as in", 3),
+        (traced.AZURE_2024, "open loop, 1.01 requests/s as in", 2),
+        (traced.BURSTGPT, "open loop, 0.02469 requests/s as in", 2),
+        (traced.MOONCAKE, "open loop, 0.6667 requests/s as in", 2),
+        (traced.REQUESTS, "open loop, 0.25 requests/s as in", 3),
+        (json.dumps(traced.VLLM), "closed loop, 2 clients", 2),
+        (json.dumps({**traced.VLLM, "start_times": [100.5, 100.0, 101.0]}), "open loop, 2 requests/s as in", 2),
+        (traced.SGLANG, "open loop, 4 requests/s (poisson)", 2),
+        (traced.SGLANG.replace("4.0", "Infinity"), "closed loop, 2 clients", 2),
+    ],
+)
+def test_every_trace_format_is_played_by_the_command(tmp_path, text, load, served):
+    path = tmp_path / "trace"
+    path.write_text(text, encoding="utf-8")
+    options = ("h100", "--replay", str(path), "--warmup", "0", "--drain", "--requests", str(served))
+    outcome = run(*options)
+    assert outcome.exit_code == 0, outcome.exception
+    shown = " ".join(outcome.output.split())
+    assert load in shown
+    assert f"{served} requests measured" in shown
+
+
+def test_burstiness_of_a_trace_needs_a_rate(tmp_path):
+    path = tmp_path / "trace.csv"
+    path.write_text(traced.AZURE, encoding="utf-8")
+    refused = run("h100", "--replay", str(path), "--burstiness", "0.5")
+    assert str(refused.exception) == (
+        "--burstiness is of an open loop's arrivals at a rate; give --rate beside --replay"
+    )
+    spread = as_json("h100", "--replay", str(path), "--rate", "3", "--burstiness", "0.25", "--requests", "40")
+    assert spread["workload"]["arrivals"]["cv"] == 2.0
 
 
 def test_help_shows_examples():

@@ -113,7 +113,11 @@ def workload_over(
     if replay is not None:
         if input_tokens is not None or output_tokens is not None:
             raise SpecError("--replay brings its own lengths; leave --input and --output out")
-        return workload_of(TraceReplay(path=str(replay)), rate=rate, concurrency=concurrency).vary(**own)
+        load_given = _given({"rate": rate, "concurrency": concurrency})
+        played = workload_of(TraceReplay(path=str(replay)), **load_given)
+        if burstiness is not None and played.rate is None:
+            raise SpecError("--burstiness is of an open loop's arrivals at a rate; give --rate beside --replay")
+        return played.vary(**own)
     if path is not None:
         base = load.load_workload(path)
     if base is None:
