@@ -100,16 +100,6 @@ _REPORT = "SGLang team, large-scale EP on 96 H100, May 2025"
 _PROFILE = "deepseek-ai/profile-data, through the SGLang team's report and alibaba/InferSim"
 _AS_IF_EVEN = "experts equally popular: what imbalance EPLB left is not published"
 
-#: What EPLB left of imbalance in SGLang's prefill, and whatever else slowed it: drift of a Zipf law of 0.5 under which
-#: the figure for prompts of so many tokens comes out right. The busiest rank then gets 1.25 and 1.32 times the mean, as
-#: it does under a law of 1.0 that makes the figures. Each length is predicted with the other's.
-_LEFT_BY_EPLB = {1024: 0.256, 2048: 0.324}
-
-
-def _uneven_as(context: int) -> Routing:
-    return _EPLB.vary(popularity="zipf", exponent=0.5, drift=_LEFT_BY_EPLB[context])
-
-
 CASES = (
     Case(
         name="SGLang EP32 prefill, 1k prompts", hardware="h100", devices=32, phase="prefill", per_device=16384,
@@ -144,15 +134,5 @@ CASES = (
         context=4989, published_tokens_per_s_per_device=14800 / 8, routing=_EPLB,
         assumed="88 requests a device: 1850 tokens/s at the 20 to 22 tokens/s a user gets; " + _AS_IF_EVEN,
         source="deepseek-ai/open-infra-index, day 6",
-    ),
-    Case(
-        name="SGLang EP32 prefill, 1k prompts, uneven as at 2k", hardware="h100", devices=32, phase="prefill",
-        per_device=16384, context=1024, published_tokens_per_s_per_device=57674 / 8, routing=_uneven_as(2048),
-        assumed="busiest rank 1.32 times the mean, which makes the figure for 2k prompts", source=_REPORT,
-    ),
-    Case(
-        name="SGLang EP32 prefill, 2k prompts, uneven as at 1k", hardware="h100", devices=32, phase="prefill",
-        per_device=16384, context=2048, published_tokens_per_s_per_device=54543 / 8, routing=_uneven_as(1024),
-        assumed="busiest rank 1.25 times the mean, which makes the figure for 1k prompts", source=_REPORT,
     ),
 )  # fmt: skip
