@@ -62,6 +62,8 @@ def parse(text: str, unit: str) -> float:
     try:
         return float(quantity.to(unit).magnitude)
     except pint.DimensionalityError as problem:
+        if quantity.dimensionless:
+            raise SpecError(f'{text!r} has no unit; write e.g. "{example}"') from problem
         raise SpecError(f'{text!r} is not in {unit}; write e.g. "{example}"') from problem
 
 

@@ -113,7 +113,34 @@ def test_nothing_is_certain():
     assert [chance(p) for p in (1.0, 0.9, 0.0)] == ["> 99 %", "90 %", "< 1 %"]
 
 
-@pytest.mark.parametrize(("text", "words"), [("{}", "not a result"), ("x", "JSON"), ("[1]", "not a result")])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["simulate", "h100", "--model", "olmoe-1b-7b", "--rate", "5", "--requests", "100"], ["ttft", "99", "seed"]),
+        (["frontier", "h100", "--model", "deepseek-v2-lite", "--caps", "6,4", "--concurrency", "4"], ["k=4", "RTE"]),
+    ],
+)
+def test_results_without_a_page_of_their_own_are_shown_as_tables(tmp_path, words, said):
+    result = CliRunner().invoke(cli.app, [*words, "--json"])
+    text = page_of(tmp_path, result.stdout)
+    assert "<table>" in text and "http" not in text.replace("http://www.w3.org", "")
+    for word in said:
+        assert word in text
+    rate = json.loads(result.stdout)
+    shown = rate["metrics"]["output_tokens_per_s"] if "metrics" in rate else rate["points"][0]["output_tokens_per_s"]
+    assert f"{shown:,.4g}" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{}", "not a result"),
+        ("x", "JSON"),
+        ("[1]", "not a result"),
+        ('{"question": {}}', "not a whole result .'models' is missing"),
+        ('{"predictions": 1}', "not a whole result"),
+    ],
+)
 def test_what_is_not_a_result_is_refused_in_one_line(tmp_path, text, words):
     with pytest.raises(SpecError, match=words):
         page_of(tmp_path, text)

@@ -256,7 +256,7 @@ def test_flags_of_traffic_and_scheduling_are_those_of_a_file():
     ("options", "message"),
     [
         (("--goodput", "tftf=3s"), "--goodput 'tftf=3s': 'tftf=3s' is not one of ttft=, tpot=, e2e= with a time"),
-        (("--goodput", "ttft=3"), "--goodput 'ttft=3': ttft: '3' is not in second"),
+        (("--goodput", "ttft=3"), "--goodput 'ttft=3': ttft: '3' has no unit"),
         (("--rate", "3", "--burstiness", "0"), "--burstiness: 0 will not do: it should be above 0; 1 is Poisson"),
         (("--burstiness", "2"), "--burstiness is of an open loop's arrivals; give --rate"),
         (

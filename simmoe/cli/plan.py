@@ -133,7 +133,7 @@ def sweep(
 
 
 def report(
-    result: Annotated[Path, typer.Argument(help="What `simmoe plan --json` or `simmoe predict --json` wrote.")],
+    result: Annotated[Path, typer.Argument(help="What --json of plan, predict, simulate, frontier or scaling wrote.")],
     out: Annotated[Path | None, typer.Option(help="Page to write. [default: the result's name with .html]")] = None,
     png: Annotated[Path | None, typer.Option(help="Folder for the figures as PNG.")] = None,
 ) -> None:

@@ -1,7 +1,7 @@
 """A result as one HTML page that needs nothing else: no network, no script; made for phones and for paper.
 
 Takes what `simmoe plan --json` or `simmoe predict --json` wrote, works the figures out anew from the specs named in it,
-and says every assumption and source. Left out: results of other commands.
+and says every assumption and source. Results of `simulate`, `frontier` and `scaling` are shown as tables.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from simmoe.planning.screen import LoadGrid, screen
 from simmoe.report import html_figures
 from simmoe.report.html_page import Figures, Page
 from simmoe.report.html_sections import deployment_sections, sources, traffic
+from simmoe.report.html_tables import MARKS, tables_page
 from simmoe.report.plan import chance
 from simmoe.specs import load
 from simmoe.specs.deployment import Deployment
@@ -53,7 +54,11 @@ def write(result: Path, out: Path, *, pictures: Path | None = None) -> list[Path
         If the result is not one this reads.
     """
     data = _read(result)
-    page, figures = _plan_page(data) if "question" in data else _prediction_page(data)
+    try:
+        page, figures = _page(data)
+    except (KeyError, TypeError, AttributeError, IndexError) as problem:
+        what = f"{problem} is missing" if isinstance(problem, KeyError) else str(problem)
+        raise SpecError(f"{result}: not a whole result ({what}); write it anew with --json") from problem
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page, encoding="utf-8")
     written = [out]
@@ -64,6 +69,15 @@ def write(result: Path, out: Path, *, pictures: Path | None = None) -> list[Path
     return written
 
 
+def _page(data: Mapping[str, Any]) -> tuple[str, Figures]:
+    if "question" in data:
+        return _plan_page(data)
+    if "predictions" in data:
+        return _prediction_page(data)
+    page = tables_page(data)
+    return page.render(), page.figures
+
+
 def _read(result: Path) -> dict[str, Any]:
     try:
         data = json.loads(result.read_text(encoding="utf-8"))
@@ -71,8 +85,9 @@ def _read(result: Path) -> dict[str, Any]:
         raise SpecError(f"{result}: no such file; write one with `simmoe plan ... --json > {result}`") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as problem:
         raise SpecError(f"{result}: cannot be read as JSON ({problem})") from None
-    if not isinstance(data, dict) or not {"question", "predictions"} & set(data):
-        raise SpecError(f"{result}: not a result of `simmoe plan --json` or `simmoe predict --json`")
+    if not isinstance(data, dict) or not {"question", "predictions", *MARKS} & set(data):
+        commands = "plan, predict, simulate, frontier or scaling"
+        raise SpecError(f"{result}: not a result of simmoe; write one with --json of `simmoe {commands}`")
     return data
 
 

@@ -53,7 +53,7 @@ def memory(prediction: Prediction, path: Path) -> None:
         "KV cache free": (1 - share) * m.kv_bytes,
         "left to others": max(0.0, device.memory - m.weights - m.workspace - m.kv_bytes),
     }
-    with plots.figure(path, width=8.0, height=1.7) as axes:
+    with plots.figure(path, width=8.0, height=2.0) as axes:
         left = 0.0
         for index, (name, size) in enumerate(parts.items()):
             axes.barh(
@@ -62,7 +62,7 @@ def memory(prediction: Prediction, path: Path) -> None:
             )  # fmt: skip
             left += size / 1e9
         axes.set_xlabel(f"memory of one {device.name} [GB]")
-        axes.legend(frameon=False, fontsize=8, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.45))
+        axes.figure.legend(frameon=False, fontsize=8, ncols=5, loc="outside lower center")
 
 
 def latency(

@@ -86,7 +86,8 @@ def _quality(
     found = frontier(hardware, model, deployment, workload, policies(model, caps=caps), loads=[workload.concurrency])
     page.figure(
         "frontier",
-        f"Predicted throughput against measured {found.benchmarks[0]}; filled: on the front. Reasoning falls earlier.",
+        f"Predicted throughput against measured {found.benchmarks[0]}; filled: on the front, where scores within "
+        f"{quality.NOISE:g} points count as equal. Reasoning falls earlier.",
         lambda path: frontier_report.plot(found, path),
     )
     rows = [

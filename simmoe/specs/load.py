@@ -220,7 +220,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as problem:
         line = f"line {problem.problem_mark.line + 1} " if problem.problem_mark else ""
         raise SpecError(f"{path}: {line}is not YAML: {problem.problem}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+    except OSError as problem:
+        raise SpecError(f"{path}: cannot be read: {problem.strerror}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as problem:
         raise SpecError(f"{path}: cannot be read: {problem}") from None
     if not isinstance(contents, dict):
         raise SpecError(f"{path}: holds {type(contents).__name__}, not a mapping of keys to values")
