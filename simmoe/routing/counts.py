@@ -53,17 +53,15 @@ def expected_tiles_of_maximum(mean: Array, variance: Array, tile: Array, held: A
     cdf = count_cdf(count, mean[:, :, None], variance[:, :, None])
     cdf[:, :, -1] = 1.0
     ranks, alike = np.unique(held, axis=1, return_counts=True)
-    length = int(ranks.sum(axis=0).max()) * (width - 1) + 1
+    length = 1 << (int(ranks.sum(axis=0).max()) * (width - 1)).bit_length()  # a power of two, quick to transform
     transform = np.fft.rfft(np.diff(cdf, axis=2, prepend=0.0), n=length, axis=2)
     least = low @ ranks
     start = least.max(axis=1)
     place = start.astype(np.intp)[:, None] + np.arange(length)
     log_at_most = np.zeros((len(mean), length))
     for rank, copies in enumerate(alike):
-        spectrum = np.ones_like(transform[:, 0])
-        for kind in np.flatnonzero(ranks[:, rank]):
-            spectrum *= transform[:, kind] ** int(ranks[kind, rank])
-        law = np.cumsum(np.fft.irfft(spectrum, n=length, axis=1), axis=1)
+        members = np.repeat(np.arange(len(ranks)), ranks[:, rank].astype(np.intp))
+        law = np.cumsum(np.fft.irfft(transform[:, members].prod(axis=1), n=length, axis=1), axis=1)
         law = np.where(law > 1.0 - 1e-12, 1.0, law)  # what the transform rounds is no chance
         at = np.minimum(place - least[:, rank].astype(np.intp)[:, None], length - 1)
         log_at_most += copies * np.log(np.clip(np.take_along_axis(law, at, axis=1), 1e-300, 1.0))

@@ -167,12 +167,15 @@ def expected_load(
         # no expert gets more than all tokens, and a rank has at most one partly filled tile for each it wakes
         most = np.minimum(pairs, slots.max() * np.ceil(t / tile))
         most = np.minimum(most, distinct + (pairs - distinct) / tile)
-        most_blocks = _busiest(mean @ held, spread, certain @ held)
-        if ep > 1 and slots.max() <= _FEW:  # two moments do not tell the law of few counts that vary by few tiles
-            few = (np.sqrt(few_variance) * weight[:, None]).max(axis=1) <= (tile if slots.max() > 1 else np.inf)
-            most_blocks[few] = expected_tiles_of_maximum(
-                (drawn[:, None] * value)[few], few_variance[few], (tile / weight)[few], held
-            )
+        # two moments do not tell the law of few counts that vary by few tiles
+        few = np.full(len(t), ep > 1 and slots.max() <= _FEW)
+        if slots.max() > 1:
+            few &= (np.sqrt(few_variance) * weight[:, None]).max(axis=1) <= tile
+        most_blocks = np.empty(len(t))
+        most_blocks[~few] = _busiest((mean @ held)[~few], spread[~few], (certain @ held)[~few])
+        most_blocks[few] = expected_tiles_of_maximum(
+            (drawn[:, None] * value)[few], few_variance[few], (tile / weight)[few], held
+        )
         blocks[tile] = np.clip(most_blocks, np.maximum(distinct, pairs / tile), most)
 
     expert_variance = value * (1.0 - value) * num_experts / max(num_experts - 1, 1)
@@ -195,7 +198,7 @@ def _busiest(mean: Array, variance: Array, certain: Array | None = None) -> Arra
 
     ``certain``, shape (B, D): part of each count that does not vary; what all ranks have of it is set aside.
     """
-    if mean.shape[1] == 1:
+    if mean.shape[1] == 1 or not len(mean):
         return mean[:, 0]
     base = np.zeros((len(mean), 1)) if certain is None else certain.min(axis=1, keepdims=True)
     count, spread = np.maximum(mean - base, 0.0), np.maximum(variance, 0.0)
