@@ -2,13 +2,15 @@
 
 The other phase is taken to be free, as such sources do. Where a row is silent: prefill steps hold 16384 prompt tokens a
 device (the wide-EP reports' chunk, else the engine's limit), experts over several nodes exchange under a second half
-batch (`two_batch`), a pool that the devices do not divide is filled up with copies of popular experts, DeepSeek's own
-engine is timed with SGLang's kernels. Left out: rows without a batch size, or that mix in cache hits.
+batch (`two_batch`), a pool that the devices do not divide is filled up with copies of popular experts (notes may tell
+of others, or of routing forced even), DeepSeek's own engine is timed with SGLang's kernels of today. Left out: rows
+without a batch size, or that mix in cache hits.
 """
 
 from __future__ import annotations
 
 import math
+import re
 
 from simmoe.engine.step import StepBreakdown
 from simmoe.errors import SimmoeError
@@ -54,11 +56,9 @@ def _predict(row: Row) -> tuple[str, float, float, float]:
     """(quantity, measured, predicted, log spread) of a row; rates over all its devices. [tokens/s]"""
     drafts = speculation_of(row)
     hardware, model, deployment = described_parts(row, engine=_engine(row))
-    deployment = speculating(deployment, drafts)
-    pool = model.experts.num_experts if model.experts else 0
-    if pool and pool % deployment.ep:  # such layouts fill up with copies, as DeepSeek's 288 slots on 72 or 144 devices
-        copies = Routing(placement="eplb", redundant_experts=-pool % deployment.ep)
-        deployment = deployment.vary(routing=copies)
+    deployment = speculating(deployment, drafts).vary(routing=_routing(row, model, deployment))
+    if text(row, "engine") != deployment.engine:  # the date of a row says nothing of another engine's release
+        deployment = deployment.vary(engine_version=None)
     context = number(row, "input_tokens")
     if not context:
         raise Unspoken("one phase measured, at a context that is not said")
@@ -90,6 +90,18 @@ def _decode(
     output = number(row, "output_tokens") or 0.0
     step = phase_step(hardware, model, deployment, "decode", per_device=per_rank, context=round(context + output / 2))
     return per_rank * deployment.dp * float(deployment.tokens_per_decode) / step.total_s, step
+
+
+def _routing(row: Row, model: Model, deployment: Deployment) -> Routing:
+    """What the row's notes tell of routing: forced even, or copies of experts; else the deployment's own."""
+    notes, pool = text(row, "notes"), model.experts.num_experts if model.experts else 0
+    if pool and "forced balanced" in notes:
+        return Routing(popularity="balanced")
+    told = re.search(r"(\d+) redundant experts", notes)
+    copies = int(told.group(1)) if told else -pool % deployment.ep
+    if not pool or not copies or (pool + copies) % deployment.ep:
+        return deployment.routing
+    return Routing(placement="eplb", redundant_experts=copies)
 
 
 def _engine(row: Row) -> str:
