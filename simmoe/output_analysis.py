@@ -19,7 +19,7 @@ BATCHES = 20
 T_95_19 = 1.7291328
 """95th percentile of Student's t with 19 degrees of freedom, for a two-sided 90 % interval over 20 batches."""
 
-_SORT_AT_ONCE = 1 << 20
+_SORT_AT_ONCE = 1 << 14
 
 
 def batch_means_interval(values: Array) -> tuple[float, float] | None:

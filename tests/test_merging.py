@@ -41,6 +41,7 @@ def runs(request, monkeypatch):
     """The same run with every step, and merged."""
     gpus, kv_tokens, rate = request.param
     monkeypatch.setattr(recorder, "MOST_ROWS", MOST_ROWS)
+    monkeypatch.setattr(recorder, "_AT_ONCE", MOST_ROWS // 10)
     deployment = Deployment(gpus=gpus, max_num_seqs=64, max_num_batched_tokens=2048)
     lengths = {
         "input": Lengths(kind="lognormal", mean=200, cv=0.5, high=1000),
@@ -63,7 +64,7 @@ def test_a_merged_run_has_the_metrics_of_every_step(runs):
         assert getattr(close, latency) == getattr(exact, latency)
     for field in ("output_tokens_per_s", "mean_running", "mean_step_s", "mean_batch_tokens", "kv_utilisation"):
         assert getattr(close, field) == pytest.approx(getattr(exact, field), rel=2e-3), field
-    assert close.utilisation == pytest.approx(exact.utilisation, rel=1e-4)
+    assert close.utilisation == pytest.approx(exact.utilisation, rel=1e-3)
     for statistic in ("mean", "p50", "p90", "p99"):
         assert getattr(close.itl, statistic) == pytest.approx(getattr(exact.itl, statistic), rel=1e-2), statistic
 

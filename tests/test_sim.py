@@ -13,7 +13,7 @@ from simmoe.engine.step import Batch, StepTable
 from simmoe.errors import CapacityError, SpecError
 from simmoe.sim.cluster import simulate
 from simmoe.sim.step_time import lockstep, single_step
-from simmoe.sim.ticks import S_PER_TICK, TickTable, steps_within, to_ticks, window_ticks
+from simmoe.sim.ticks import S_PER_TICK, TickTable, boundary, steps_within, to_ticks, window_ticks
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.workload import Lengths, Objective, Workload
 
@@ -202,6 +202,15 @@ def test_steps_within_inverts_the_window(first, growth, steps, share):
     next_step = first + growth * steps
     elapsed = start + min(int(share * next_step), next_step - 1)
     assert steps_within(first, growth, elapsed) == steps
+
+
+@given(st.integers(1, 10**18), st.integers(0, 10**18), st.integers(1, 500), st.floats(0, 1))
+def test_a_boundary_is_the_first_step_end_from_then_on(first, growth, steps, share):
+    growth = min(growth, first)
+    elapsed = window_ticks(first, growth, steps - 1) + int(share * (first + growth * (steps - 1)))
+    found, ticks = boundary(first, growth, elapsed)
+    assert ticks == window_ticks(first, growth, found) >= elapsed
+    assert found == 1 or window_ticks(first, growth, found - 1) < elapsed
 
 
 def planned_rank(decodes, context, chunks=()):

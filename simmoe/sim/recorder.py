@@ -8,7 +8,7 @@ log is merged (`merging`) unless every step is asked for, so it stays bounded; r
 from __future__ import annotations
 
 import sys
-from array import array
+from itertools import chain
 from math import nan
 
 import numpy as np
@@ -19,11 +19,16 @@ from simmoe.sim.merging import merged
 from simmoe.sim.request import Request
 from simmoe.sim.ticks import S_PER_TICK
 
+Array = NDArray[np.float64]
+Row = tuple[float, ...]
+
 MOST_ROWS = 1 << 18
 """Rows of steps (80 B each), and of gaps, that are kept one by one: of some 150,000 requests or more."""
 
-_ROW, _GAP, _REQUEST = 10, 3, 9
-_BLOCK = _REQUEST << 14
+_AT_ONCE = 4096
+"""Rows gathered before they become columns: a number costs less to convert among many."""
+_STEP_TICKS, _GAP_TICKS, _REQUEST_TICKS = (1, 3, 4), (0, 1), (2, 3, 4, 5)
+"""Columns that hold times."""
 _TYPES = (np.int32, np.int32, float, float, float, float, np.int32, np.int32, np.int32)
 """Of a request's index, rank, four times, input and output tokens, preemptions."""
 
@@ -36,108 +41,88 @@ class Recorder:
     every_step : whether the log is never merged.
     """
 
-    __slots__ = ("_blocks", "_gaps", "_merged_until_s", "_most", "_requests", "_steps")
+    __slots__ = ("_gaps", "_merged_until_s", "_most", "_requests", "_served", "_steps", "_stored_gaps", "_stored_steps")
 
     def __init__(self, *, every_step: bool = False) -> None:
-        self._requests = array("d")
-        self._blocks: list[tuple[NDArray[np.generic], ...]] = []
+        self._requests: list[Row] = []
+        self._served: list[tuple[NDArray[np.generic], ...]] = []
         """Requests before those, in columns of fitting types."""
-        self._steps = array("d")
-        self._gaps = array("d")
+        self._steps: list[Row] = []
+        self._gaps: list[Row] = []
+        self._stored_steps: list[Array] = []
+        self._stored_gaps: list[Array] = []
         self._most = sys.maxsize if every_step else MOST_ROWS
         self._merged_until_s = 0.0
 
     def served(self, request: Request, rank: int, now: int) -> None:
         """A request had its last token."""
-        self._requests.extend(
-            (
-                request.index,
-                rank,
-                request.arrival * S_PER_TICK,
-                request.admitted * S_PER_TICK,
-                request.first_token * S_PER_TICK,
-                now * S_PER_TICK,
-                request.input_tokens,
-                request.output_tokens,
-                request.preemptions,
-            )
-        )
-        if len(self._requests) >= _BLOCK:
-            self._store()
-
-    def unfinished(self, request: Request, rank: int) -> None:
-        """A request was still here when the run ended."""
-        self._without_end(request, rank)
-
-    def refused(self, request: Request) -> None:
-        """A request can never fit the KV cache."""
-        self._without_end(request, -1)
-
-    def _without_end(self, r: Request, rank: int) -> None:
-        admitted, first = (t * S_PER_TICK if t >= 0 else nan for t in (r.admitted, r.first_token))
-        self._requests.extend(
+        r = request
+        self._requests.append(
             (
                 r.index,
                 rank,
-                r.arrival * S_PER_TICK,
-                admitted,
-                first,
-                nan,
+                r.arrival,
+                r.admitted,
+                r.first_token,
+                now,
                 r.input_tokens,
                 r.output_tokens,
                 r.preemptions,
             )
         )
+        if len(self._requests) >= _AT_ONCE:
+            self._store_requests()
 
-    def _store(self) -> None:
-        rows = np.array(self._requests).reshape(-1, _REQUEST)
-        self._blocks.append(tuple(column.astype(kind) for column, kind in zip(rows.T, _TYPES, strict=True)))
-        self._requests = array("d")
+    def unfinished(self, request: Request, rank: int) -> None:
+        """A request was still here when the run ended."""
+        r = request
+        admitted, first = (t if t >= 0 else nan for t in (r.admitted, r.first_token))
+        self._requests.append(
+            (r.index, rank, r.arrival, admitted, first, nan, r.input_tokens, r.output_tokens, r.preemptions)
+        )
+
+    def refused(self, request: Request) -> None:
+        """A request can never fit the KV cache."""
+        self.unfinished(request, -1)
 
     def window(
         self, rank: int, start: int, steps: int, first: int, growth: int, decodes: int, computed: int, sampled: float,
         running: int, blocks: float,
     ) -> None:  # fmt: skip
         """One rank did ``steps`` like steps; ``blocks`` is their mean use."""
-        rows = self._steps
-        rows.extend(
-            (
-                rank,
-                start * S_PER_TICK,
-                steps,
-                first * S_PER_TICK,
-                growth * S_PER_TICK,
-                decodes,
-                computed,
-                sampled,
-                running,
-                blocks,
-            )
-        )
-        if len(rows) >= self._most * _ROW:
-            self._merge()
+        self._steps.append((rank, start, steps, first, growth, decodes, computed, sampled, running, blocks))
+        if len(self._steps) >= _AT_ONCE:
+            self._store_steps()
 
     def gap(self, now: int, gap: int, count: int = 1) -> None:
         """``count`` tokens came ``gap`` after the ones before them, more than their step took."""
-        self._gaps.extend((now * S_PER_TICK, gap * S_PER_TICK, count))
-        if len(self._gaps) >= self._most * _GAP:
-            self._merge()
+        self._gaps.append((now, gap, count))
+        if len(self._gaps) >= _AT_ONCE:
+            self._store_steps()
 
-    def _merge(self) -> None:
-        rows, gaps = (np.array(kept).reshape(-1, n) for kept, n in ((self._steps, _ROW), (self._gaps, _GAP)))
-        ranks = int(rows[:, 0].max()) + 1
+    def _store_requests(self) -> None:
+        rows = _columns(self._requests, len(_TYPES), _REQUEST_TICKS)
+        self._served.append(tuple(column.astype(kind) for column, kind in zip(rows.T, _TYPES, strict=True)))
+
+    def _store_steps(self) -> None:
+        """Convert what was gathered, and merge if that makes too many."""
+        self._stored_steps.append(_columns(self._steps, 10, _STEP_TICKS))
+        self._stored_gaps.append(_columns(self._gaps, 3, _GAP_TICKS))
+        if max(sum(map(len, self._stored_steps)), sum(map(len, self._stored_gaps))) < self._most:
+            return
+        rows, gaps = np.concatenate(self._stored_steps), np.concatenate(self._stored_gaps)
         self._merged_until_s = float(rows[-1, 1])
+        ranks = int(rows[:, 0].max()) + 1
         rows, gaps = merged(rows, gaps, max(1, self._most // (4 * ranks)))
-        self._steps, self._gaps = array("d", rows.tobytes()), array("d", gaps.tobytes())
+        self._stored_steps, self._stored_gaps = [rows], [gaps]
 
     def requests(self) -> RequestTable:
         """All requests, in order of arrival."""
-        self._store()
-        blocks, self._blocks = self._blocks, []
-        index = np.concatenate([block[0] for block in blocks])
-        order = np.argsort(index, kind="stable")
-        columns = [np.concatenate([block[i] for block in blocks])[order] for i in range(_REQUEST)]
-        self._blocks = [tuple(columns)]
+        self._store_requests()
+        blocks, self._served = self._served, []
+        order = np.argsort(np.concatenate([block[0] for block in blocks]), kind="stable")
+        columns = [np.concatenate(kept)[order] for kept in zip(*blocks, strict=True)]
+        self._served = [tuple(columns)]
         request, rank, arrival, scheduled, first, finished, inputs, outputs, preemptions = columns
         return RequestTable(
             request=request,
@@ -153,8 +138,8 @@ class Recorder:
 
     def steps(self) -> StepLog:
         """Windows of steps in order of their end, and the gaps longer than a step."""
-        rows = np.frombuffer(self._steps, dtype=float).reshape(-1, 10) if self._steps else np.empty((0, 10))
-        gaps = np.frombuffer(self._gaps, dtype=float).reshape(-1, 3) if self._gaps else np.empty((0, 3))
+        self._store_steps()
+        rows, gaps = np.concatenate(self._stored_steps), np.concatenate(self._stored_gaps)
         return StepLog(
             rank=rows[:, 0],
             start_s=rows[:, 1],
@@ -171,3 +156,11 @@ class Recorder:
             gap_count=gaps[:, 2],
             merged_until_s=self._merged_until_s,
         )
+
+
+def _columns(rows: list[Row], width: int, ticks: tuple[int, ...]) -> Array:
+    """The rows as an array, ``ticks`` of their columns in seconds; the list is emptied."""
+    columns = np.fromiter(chain.from_iterable(rows), dtype=float, count=width * len(rows)).reshape(-1, width)
+    columns[:, ticks] *= S_PER_TICK
+    rows.clear()
+    return columns

@@ -32,7 +32,7 @@ from simmoe.sim.recorder import Recorder
 from simmoe.sim.request import Request
 from simmoe.sim.scheduler import Scheduler
 from simmoe.sim.step_time import lockstep, single_step
-from simmoe.sim.ticks import TickTable, steps_within, to_ticks, window_ticks
+from simmoe.sim.ticks import TickTable, boundary, steps_within, to_ticks, window_ticks
 
 #: SimPy priorities at one instant: arrivals are NORMAL (1), then the ends of steps (2), then new batches
 FIRST_STEP_END = 2
@@ -110,19 +110,10 @@ class Replica:
         """Whether the request alone fits the KV cache of a rank."""
         return self.ranks[0].can_ever_hold(request)
 
-    def _boundary(self, elapsed: int) -> tuple[int, int]:
-        """How many of the window's steps end by the first boundary from ``elapsed`` on, at least one; and when."""
-        first, growth = self._first, self._growth
-        steps = steps_within(first, growth, elapsed)
-        ticks = window_ticks(first, growth, steps)
-        if ticks < elapsed or not steps:
-            return steps + 1, ticks + first + growth * steps
-        return steps, ticks
-
     def _cut(self) -> None:
         """End the window at the first step boundary from now on."""
         elapsed = self.clock.now - self._start
-        steps, ticks = self._boundary(elapsed)
+        steps, ticks = boundary(self._first, self._growth, elapsed)
         if steps < self._steps:
             self._steps = steps
             self._awaited = At(self.clock, ticks - elapsed, self._end_priority, self._end)
@@ -212,8 +203,10 @@ class Replica:
         if steps == 1:
             return now + self._first
         ticks = window_ticks(self._first, self._growth, steps)
-        if arrival is not None and arrival - now < ticks and any(rank.heeds_arrivals for rank in self.ranks):
-            self._steps, ticks = self._boundary(arrival - now)
+        if arrival is not None and arrival - now < ticks:
+            single = self._single
+            if single.heeds_arrivals if single is not None else any(rank.heeds_arrivals for rank in self.ranks):
+                self._steps, ticks = boundary(self._first, self._growth, arrival - now)
         return now + ticks
 
     def end_knowing(self, now: int) -> None:

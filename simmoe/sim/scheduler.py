@@ -156,9 +156,8 @@ class Scheduler:
         self.loading = 0
         self.pausing = False
         if not (self.waiting or self.partial or self.paused):  # nothing to decide while blocks last
-            steps = self._steps_alike(NEVER)
+            self.steps = steps = self._steps_alike(NEVER)
             if steps or not self.decoding:
-                self.steps = steps
                 return steps
         self.horizon = NEVER
         settled = self.policy(self, now)

@@ -9,7 +9,7 @@ Checked against: ``StepTable.step_s`` and the step-by-step twin in ``tests/refer
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isqrt
+from math import isqrt, sqrt
 
 from simmoe.engine.step import StepTable
 from simmoe.errors import SpecError
@@ -103,3 +103,20 @@ def steps_within(first: int, growth: int, elapsed: int) -> int:
         return elapsed // first
     a = 2 * first - growth
     return (isqrt(a * a + 8 * growth * elapsed) - a) // (2 * growth)
+
+
+def boundary(first: int, growth: int, elapsed: int) -> tuple[int, int]:
+    """Fewest such steps, at least one, that last ``elapsed`` or longer, and how long they last. [steps], [ticks]
+
+    A float's guess, set right exactly: `steps_within` with its root of a large integer takes twice as long.
+    """
+    a = 2 * first - growth
+    steps = max(1, int(4 * elapsed / (a + sqrt(a * a + 8 * growth * elapsed))))
+    ticks = window_ticks(first, growth, steps)
+    while ticks < elapsed:
+        ticks += first + growth * steps
+        steps += 1
+    while steps > 1 and (fewer := ticks - first - growth * (steps - 1)) >= elapsed:
+        ticks = fewer
+        steps -= 1
+    return steps, ticks
