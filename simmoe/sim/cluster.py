@@ -6,28 +6,19 @@ Checked against: the step-by-step twin, Little's law, M/D/1, M/M/1//N (tests/tes
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Literal
-
-import simpy
 
 from simmoe.costs.kv_offload import HostTier
 from simmoe.engine.step import StepTable
 from simmoe.errors import CapacityError, SpecError
 from simmoe.metrics import RequestTable, ServingMetrics, StepLog, from_records
-from simmoe.sim.arrivals import Recorded, Streams, arrival_ticks, shapes, think_ticks
-from simmoe.sim.autoscale import autoscaling
-from simmoe.sim.clock import At, Clock
-from simmoe.sim.disaggregated import ARRIVAL, Handover, Mover
-from simmoe.sim.failures import failing
+from simmoe.sim.arrivals import Recorded
+from simmoe.sim.disaggregated import Handover
 from simmoe.sim.offload_books import Bookkeeping
-from simmoe.sim.pool import Pool, PoolSetup
+from simmoe.sim.play import Play
+from simmoe.sim.pool import PoolSetup
 from simmoe.sim.recorder import Recorder
-from simmoe.sim.replica import Replica
-from simmoe.sim.request import Request
-from simmoe.sim.routers import router_named
 from simmoe.sim.ticks import S_PER_TICK, to_ticks
 from simmoe.specs.cluster import Cluster
 from simmoe.specs.deployment import Deployment
@@ -157,7 +148,7 @@ def simulate(
                 f"{limits.max_num_seqs}{rows}: a step could not give every running request a token"
                 f"{' and its drafts' if rows else ''}"
             )
-    run = _Cluster(
+    run = Play(
         setup,
         workload,
         rules,
@@ -171,7 +162,7 @@ def simulate(
     return _result(run, kv_tokens, warmup, seed)
 
 
-def _result(run: _Cluster, kv_tokens: int, warmup: float | Literal["mser"] | None, seed: int) -> SimulationResult:
+def _result(run: Play, kv_tokens: int, warmup: float | Literal["mser"] | None, seed: int) -> SimulationResult:
     workload = run.workload
     everybody, log = run.recorder.requests(), run.recorder.steps()
     accepted = everybody.accepted()
@@ -220,193 +211,3 @@ def _result(run: _Cluster, kv_tokens: int, warmup: float | Literal["mser"] | Non
         end_s=end_s,
         events=run.events,
     )
-
-
-class _Cluster:
-    """Pools, router and source of one run."""
-
-    def __init__(
-        self, setup: PoolSetup, workload: Workload, rules: Cluster, handover: Handover | None,
-        recorded: Recorded | None, recorder: Recorder, *, router: str, seed: int,
-    ) -> None:  # fmt: skip
-        self.env = Clock()
-        self.recorder = recorder
-        self.workload = workload
-        self.limit = 0
-        """Requests with a lower index are measured."""
-        streams = Streams.of(seed)
-        if recorded is not None:
-            self._shapes, self._arrivals = iter(recorded.shapes), iter(recorded.arrivals)
-        else:
-            self._shapes = shapes(workload, streams)
-            self._arrivals = arrival_ticks(workload, streams) if workload.open_loop else iter(())
-        self._thinking = think_ticks(workload, streams)
-        key = int(streams.acceptance.integers(2**63))
-        total = setup.replicas + (0 if handover is None else handover.decode.replicas)
-        self.pool = Pool(
-            self.env,
-            setup,
-            recorder=self.recorder,
-            route=router_named(router, streams.routing),
-            finished=self._finished if handover is None else self._prompt_done,
-            all_replicas=total,
-            acceptance_key=key,
-        )
-        self.pools = [self.pool]
-        self._mover: Mover | None = None
-        if handover is not None:
-            decode = Pool(
-                self.env,
-                handover.decode,
-                recorder=self.recorder,
-                route=router_named(router, streams.routing),
-                finished=self._finished,
-                first_replica=setup.replicas,
-                first_rank=len(self.pool.outstanding),
-                all_replicas=total,
-                acceptance_key=key,
-            )
-            self.pools.append(decode)
-            self._mover = Mover(
-                self.env,
-                decode,
-                handover.transfer,
-                prefill_ranks=len(self.pool.outstanding),
-                done=self._finished,
-            )
-        if rules.autoscaling is not None:
-            self.env.process(autoscaling(self.env, self.pool, rules.autoscaling))
-        if rules.failures is not None:
-            for replica, source in enumerate(streams.failures.spawn(setup.replicas)):
-                self.env.process(failing(self.env, self.pool, replica, rules.failures, source))
-        # what comes at times of its own, besides arrivals and step ends
-        others = (rules.autoscaling, rules.failures, handover, self._thinking)
-        self._eventful = any(other is not None for other in others)
-        self.events = 0
-        self._issued = 0
-        self._until: int | None = None
-        self._keep_load = True
-        self._open = 0
-        """Measured requests in the system."""
-        self._ended = False
-        self._over = self.env.event()
-
-    def run(self, requests: int | None, until: int | None, *, keep_load: bool) -> None:
-        """Run until every measured request has left."""
-        self.limit = sys.maxsize if requests is None else requests
-        self._until, self._keep_load = until, keep_load
-        replicas = self.pool.replicas
-        alone = not self._eventful and len(replicas) == 1
-        replicas[0].eventless = alone
-        if self.workload.concurrency is not None:
-            for _ in range(self.workload.concurrency):
-                self._issue()
-        elif not alone:
-            self.env.process(self._open_loop())
-        if alone:
-            self._play_alone(replicas[0])
-        else:
-            self.env.run(until=self._over)
-            self.events = next(self.env._eid)  # noqa: SLF001 - SimPy has no public count
-        for pool in self.pools:
-            pool.close()
-
-    def _open_loop(self) -> Generator[simpy.Event, None, None]:
-        """Arrivals at their own times, whatever becomes of them."""
-        env = self.env
-        for tick in self._arrivals:
-            if tick > env.now:
-                yield env.timeout(tick - env.now)
-            if not self._issue():
-                return
-        self._no_more()
-
-    def _play_alone(self, replica: Replica) -> None:
-        """One replica whose next arrival is always known: a loop over step ends does without an event queue.
-
-        At one instant the order is the same: arrivals, then step ends, then new batches.
-        """
-        clock, arrivals = self.env, self._arrivals
-        upcoming = next(arrivals, None)
-        events = 0
-        while True:
-            end = replica.begin_knowing(clock.now, upcoming)
-            events += 1
-            until = upcoming if end is None else end
-            if until is None:  # nobody here and nobody to come
-                self._no_more()
-                break
-            while upcoming is not None and upcoming <= until:
-                clock.advance(upcoming)
-                events += 1
-                upcoming = next(arrivals, None) if self._issue() else None
-                if upcoming is None:
-                    self._no_more()
-            if self._ended:
-                break
-            if end is not None:
-                clock.advance(end)
-                replica.end_knowing(end)
-                if self._ended:
-                    break
-        self.events = events
-
-    def _no_more(self) -> None:
-        """Stages or trace have ended."""
-        self.limit = min(self.limit, self._issued)
-        self._check_over()
-
-    def _issue(self) -> bool:
-        """Offer the next request now; a closed-loop client whose request is refused goes on to its next."""
-        while not self._ended:
-            now, index = self.env.now, self._issued
-            if self._until is not None and now > self._until:
-                self.limit, self._until = index, None
-            measured = index < self.limit
-            if not (measured or self._keep_load):
-                self._check_over()
-                break
-            self._issued += 1
-            request = Request(index, now, *next(self._shapes))
-            if self._fits(request):
-                self._open += measured
-                self.pool.send(request if self._mover is None else self._mover.prompt_of(request))
-                return True
-            self.recorder.refused(request)
-            self._check_over()
-            if self.workload.concurrency is None:
-                return True
-        return False
-
-    def _fits(self, request: Request) -> bool:
-        """Whether every pool can hold what it would get of a request."""
-        if self._mover is None:
-            return self.pool.can_ever_hold(request)
-        prompt = Request(request.index, request.arrival, request.input_tokens, 1)
-        return self.pool.can_ever_hold(prompt) and self.pools[1].can_ever_hold(request)
-
-    def _prompt_done(self, rank: int, request: Request) -> None:
-        """The prefill pool is done with a request."""
-        assert self._mover is not None
-        self._mover.prompt_done(rank, request)
-
-    def _finished(self, rank: int, request: Request) -> None:
-        """A request had its last token; in a closed loop its client sends the next one, once it has thought."""
-        self.recorder.served(request, rank, self.env.now)
-        if request.index < self.limit:
-            self._open -= 1
-        if self.workload.concurrency is not None:
-            if self._thinking is None:
-                self._issue()
-            else:
-                At(self.env, next(self._thinking), ARRIVAL, self._thought)
-        if self._open == 0:
-            self._check_over()
-
-    def _thought(self, _: simpy.Event) -> None:
-        self._issue()
-
-    def _check_over(self) -> None:
-        if self._open == 0 and self._issued >= self.limit and not self._ended:
-            self._ended = True
-            self._over.succeed()
