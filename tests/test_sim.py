@@ -160,6 +160,15 @@ def test_no_request_fits(loop):
         simulate(TABLE, Workload(input=fixed(99), output=fixed(2), **loop), SMALL, 64, requests=10)
 
 
+def test_prompts_longer_than_a_step_are_refused_where_they_are_not_chunked():
+    workload = Workload(rate=5, input=Lengths(kind="uniform", low=50, high=80), output=fixed(4))
+    result = simulate(TABLE, workload, SMALL, 1000, requests=40, policy="vllm_v0")
+    assert 0 < result.refused < 40
+    assert result.requests.accepted().input_tokens.max() <= SMALL.max_num_batched_tokens
+    with pytest.raises(CapacityError, match="or a step of 64 tokens as vllm_v0 computes prompts"):
+        simulate(TABLE, workload.vary(input=fixed(70)), SMALL, 1000, requests=5, policy="vllm_v0", keep_load=False)
+
+
 def test_duration_measures_who_arrives_within_it():
     workload = Workload(rate=50, input=fixed(8), output=fixed(2))
     result = simulate(TABLE, workload, SMALL, 10**4, duration_s=4.0, keep_load=False)

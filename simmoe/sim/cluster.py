@@ -172,8 +172,12 @@ def _result(run: Play, kv_tokens: int, warmup: float | Literal["mser"] | None, s
         if not refused:
             raise SpecError("no request arrived: raise the rate, or run for longer")
         shortest = int((everybody.input_tokens + everybody.output_tokens).min()) - 1
+        rank = run.pool.replicas[0].ranks[0]
+        step = f", or a step of {rank.max_num_batched_tokens} tokens as {run.pool.policy} computes prompts"
+        whole = "" if rank.chunks_prompts else step
         raise CapacityError(
-            f"no request fits the KV cache of {kv_tokens} tokens; the shortest of {refused} needs {shortest} tokens"
+            f"no request fits the KV cache of {kv_tokens} tokens{whole}; the shortest of {refused} needs {shortest} "
+            "tokens"
         )
     if warmup is None:
         warmup = 0.1

@@ -192,6 +192,9 @@ NEW_TOKEN_RATIO = 0.1
 
 _ROUNDING = 1e-9  # of steps: looking a step too early costs nothing
 
+#: policies that compute a prompt in one step; longer prompts are refused, as vLLM does
+WHOLE_PROMPTS = frozenset({"vllm_v0"})
+
 POLICIES: dict[str, Policy] = {
     "vllm": vllm,
     "trtllm": no_evict,

@@ -18,7 +18,7 @@ from simmoe.sim.acceptance import Acceptance, DrawnPool
 from simmoe.sim.clock import Clock
 from simmoe.sim.kv_cache import BlockPool
 from simmoe.sim.offload_books import Bookkeeping
-from simmoe.sim.policies import policy_named
+from simmoe.sim.policies import WHOLE_PROMPTS, policy_named
 from simmoe.sim.recorder import Recorder
 from simmoe.sim.replica import Replica
 from simmoe.sim.request import Request
@@ -107,6 +107,7 @@ class Pool:
                         rows_per_decode=deployment.rows_per_decode,
                         tier=setup.tier,
                         acceptance=acceptance,
+                        chunks_prompts=self.policy not in WHOLE_PROMPTS,
                     )
                     for _ in range(dp)
                 ],

@@ -39,6 +39,7 @@ class Scheduler:
     prefix_caching : whether prompts that share a head share its blocks.
     rows_per_decode : tokens of a step that each decoding request takes: its own, and drafts to verify.
     tier : host memory for blocks that leave the device; None: they are lost.
+    chunks_prompts : whether prompts may take several steps; longer ones are refused if not.
     acceptance : draws what decode steps emit, and ``pool`` is one for that; None: all emit alike.
     """
 
@@ -48,6 +49,7 @@ class Scheduler:
         "acceptance",
         "blocks_held",
         "chunks",
+        "chunks_prompts",
         "context",
         "decoding",
         "drawn_pool",
@@ -85,7 +87,9 @@ class Scheduler:
         rows_per_decode: int = 1,
         tier: HostTier | None = None,
         acceptance: Acceptance | None = None,
+        chunks_prompts: bool = True,
     ) -> None:
+        self.chunks_prompts = chunks_prompts
         self.pool = pool
         self.acceptance = acceptance
         self.drawn_pool = pool if isinstance(pool, DrawnPool) else None
@@ -141,8 +145,9 @@ class Scheduler:
         return not self.waiting and len(self.running) < self.max_num_seqs
 
     def can_ever_hold(self, request: Request) -> bool:
-        """Whether the request alone fits the KV cache."""
-        return self.most_blocks(request) <= self.pool.total
+        """Whether the request alone fits the KV cache, and a step if prompts are not chunked."""
+        fits = self.most_blocks(request) <= self.pool.total
+        return fits and (self.chunks_prompts or request.input_tokens <= self.max_num_batched_tokens)
 
     def most_blocks(self, request: Request) -> int:
         """Blocks at a request's end: its last token is sampled, never cached, but its last step may overshoot."""
