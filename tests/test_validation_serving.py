@@ -113,6 +113,9 @@ def test_precision_words_give_weights_and_cache(engine, words, weights, kv):
         ({"model": "GPT-9"}, "no model preset"),
         ({"concurrency": ""}, "neither concurrency nor request rate"),
         ({"precision": "roman numerals"}, "not understood"),
+        ({"concurrency": -3.0}, "concurrency: -3"),
+        ({"output_tokens": 0.2}, "traffic not understood"),
+        ({"tp": 64.0}, "not a multiple of tp 64"),
     ],
 )
 def test_rows_outside_the_model_say_why(cells, reason):

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
 from simmoe.calibrate.fit import solver
@@ -35,6 +36,10 @@ from simmoe.validation.serving import Run, Unspoken
 
 Array = NDArray[np.float64]
 
+#: What `estimate_defaults` estimates of an entry, in this order. [s]
+_TIMES = ("host_time_per_step", "front_end_time", "front_end_time_per_request", "front_end_time_per_token")
+#: Entry of engines.yaml -> times of it that stand on something better than this fit; see its source.
+_HELD = {"sglang": ("host_time_per_step",)}
 #: Bounds of the search: a step's host time [s], and the factor on kernel time [-].
 _BOUNDS = ((1e-5, 0.1), (0.8, 4.0))
 
@@ -143,25 +148,28 @@ class DefaultsFit:
     ttft_rows: int
     tpot_percent: float
     ttft_percent: float
+    without: dict[str, dict[str, float]]
+    """Model left out -> the times that the others give. [s]"""
 
 
 def estimate_defaults(tables: Iterable[Table]) -> list[DefaultsFit]:
     """Host time per step from mean TPOT, front-end times from mean TTFT, per engine and era.
 
     By least absolute error of logarithms. Taken are closed loops of at least two rounds of releases without a slowdown
-    of their own: bursts say more of the queue than of the engine. A latency of unnamed statistic counts as a mean.
+    of their own, on devices with kernel measurements of their own: bursts say more of the queue than of the engine, and
+    an error of borrowed kernels would be taken for its time. A latency of unnamed statistic counts as a mean.
     """
     tpot: dict[str, list[tuple[str, float, Array]]] = defaultdict(list)
     ttft: dict[str, list[tuple[str, float, Array]]] = defaultdict(list)
     for run, measured in _recent_runs(tables):
         bare = run.deployment.vary(host_time_per_step=0.0)
         own = engine_parameters(bare, run.hardware.device.name)
-        entry = own.engine + (f" before {own.before}" if own.before else "")
+        entry = own.title
         try:
             metrics, _, _ = serving.solve(replace(run, deployment=bare))
         except SimmoeError:
             continue
-        prompt, running = run.workload.input.mean, metrics.mean_running
+        prompt, running = run.workload.input.mean, metrics.mean_running / run.deployment.replicas
         in_front = front_end_s(own, running, prompt)
         if "tpot" in measured:
             tpot[entry].append((run.model.name, measured["tpot"], np.array([metrics.tpot.mean, 1.0])))
@@ -170,8 +178,10 @@ def estimate_defaults(tables: Iterable[Table]) -> list[DefaultsFit]:
             ttft[entry].append((run.model.name, measured["ttft"], columns))
     fits = []
     for entry in sorted(tpot):
-        (host,), unseen_tpot = _least_absolute(tpot[entry], (1e-3,))
-        (constant, per_request, per_token), unseen_ttft = _least_absolute(ttft[entry], (0.03, 5e-4, 1e-5))
+        (host,), unseen_tpot, hosts = _least_absolute(tpot[entry], (1e-3,))
+        (constant, per_request, per_token), unseen_ttft, fronts = _least_absolute(ttft[entry], (0.03, 5e-4, 1e-5))
+        told = hosts.keys() & fronts
+        without = {name: dict(zip(_TIMES, (*hosts[name], *fronts[name]), strict=True)) for name in told}
         fits.append(
             DefaultsFit(
                 entry=entry,
@@ -184,6 +194,7 @@ def estimate_defaults(tables: Iterable[Table]) -> list[DefaultsFit]:
                 ttft_rows=len(ttft[entry]),
                 tpot_percent=unseen_tpot,
                 ttft_percent=unseen_ttft,
+                without=without,
             )
         )
     return fits
@@ -197,6 +208,8 @@ def _recent_runs(tables: Iterable[Table]) -> Iterator[tuple[Run, dict[str, float
                 run = serving.describe(row)
             except (Unspoken, SimmoeError):
                 continue
+            if run.hardware.calibration is None:
+                continue
             clients, own = run.workload.concurrency, engine_parameters(run.deployment, run.hardware.device.name)
             if clients is None or (run.requests or 0) < 2 * clients or own.version or own.kernel_slowdown != 1.0:
                 continue
@@ -209,10 +222,12 @@ def _recent_runs(tables: Iterable[Table]) -> Iterator[tuple[Run, dict[str, float
                 yield run, measured
 
 
-def _least_absolute(rows: list[tuple[str, float, Array]], start: tuple[float, ...]) -> tuple[list[float], float]:
+def _least_absolute(
+    rows: list[tuple[str, float, Array]], start: tuple[float, ...]
+) -> tuple[list[float], float, dict[str, list[float]]]:
     """Non-negative x with least mean |ln((first column + other columns . x) / measured)|, and the error it leaves.
 
-    The error is the median of models left out of the fit in turn. [%]
+    The error is the median over models left out of the fit in turn [%]; the last are the x without each model.
     """
     from scipy.optimize import minimize  # noqa: PLC0415  (an extra; only fitting needs it)
 
@@ -231,11 +246,11 @@ def _least_absolute(rows: list[tuple[str, float, Array]], start: tuple[float, ..
         tries = [minimize(cost, np.log(np.array(start) * scale), method="Nelder-Mead") for scale in (0.3, 1.0, 3.0)]
         return np.asarray(min(tries, key=lambda found: float(found.fun)).x)
 
-    unseen = [
-        np.expm1(logs(fit(models != name), models == name)) for name in sorted(set(models)) if (models != name).any()
-    ]
+    without = {str(name): fit(models != name) for name in sorted(set(models)) if (models != name).any()}
+    unseen = [np.expm1(logs(theta, models == name)) for name, theta in without.items()]
     error = float(100 * np.median(np.abs(np.concatenate(unseen)))) if unseen else math.nan
-    return np.exp(fit(np.ones(len(rows), dtype=bool))).tolist(), error
+    left_out = {name: np.exp(theta).tolist() for name, theta in without.items()}
+    return np.exp(fit(np.ones(len(rows), dtype=bool))).tolist(), error, left_out
 
 
 def _main(arguments: list[str] | None = None) -> None:
@@ -247,6 +262,9 @@ def _main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--releases", action="store_true", help="host time and slowdown per release and device, from throughput"
     )
+    parser.add_argument(
+        "--without", action="store_true", help="the times without each model in turn, as unseen_engines.yaml has them"
+    )
     parser.add_argument("--exclude", nargs="*", default=(), help="with --releases: source ids to leave out")
     parser.add_argument(
         "--slow-experts", action="store_true",
@@ -256,9 +274,27 @@ def _main(arguments: list[str] | None = None) -> None:
     tables = [table for table in map(read_table, table_paths(given.paths)) if serving.is_serving_table(table)]
     if given.releases:
         lines = [line for table in tables for line in _release_lines(table, given.exclude, given.slow_experts)]
+    elif given.without:
+        lines = [yaml.safe_dump({"without": without_each(estimate_defaults(tables))}, sort_keys=False)]
     else:
         lines = [_line(fit) for fit in estimate_defaults(tables)]
     sys.stdout.write("".join(f"{line}\n" for line in lines))
+
+
+def without_each(fits: Iterable[DefaultsFit]) -> dict[str, dict[str, dict[str, float]]]:
+    """Entry -> model left out -> the times fitted to the others, but for those that are not taken from fits. [s]"""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for fit in fits:
+        names = [name for name in _TIMES if name not in _HELD.get(fit.entry, ())]
+        found[fit.entry] = {
+            model: {name: _written(times[name]) for name in names} for model, times in sorted(fit.without.items())
+        }
+    return found
+
+
+def _written(seconds: float) -> float:
+    """Three digits; a search in logarithms never ends at zero, so less than a nanosecond is none."""
+    return float(f"{seconds:.3g}") if seconds > 1e-9 else 0.0
 
 
 def _line(fit: DefaultsFit) -> str:

@@ -132,6 +132,9 @@ def validate(
     gains: Annotated[bool, typer.Option("--gains", help="Compare what capping experts gains, load by load.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw predicted against measured to this file.")] = None,
     fail_above: Annotated[float | None, typer.Option(help="Exit 1 if a group's mean error exceeds this. [%]")] = None,
+    unseen: Annotated[
+        bool, typer.Option("--unseen", help="Judge serving rows again, their model left out of the engine times.")
+    ] = False,
     explain: Annotated[int, typer.Option(min=0, help="Take the worst large misses apart, this many.")] = 0,
     markdown: Annotated[Path | None, typer.Option(help="Write summed-up tables into this page.")] = None,
     hardware: Annotated[str | None, typer.Option(help="What benchmark results ran on; or tables' own device.")] = None,
@@ -171,7 +174,7 @@ def validate(
 
     `simmoe validate validate/serving --explain 5`
 
-    `simmoe validate validate/serving/recommended_points.csv --json`
+    `simmoe validate validate/serving/recommended_points.csv --unseen --json`
 
     `simmoe validate result.json --hardware h100 --model deepseek-v2-lite --gpus 2 --tp 2 --json`
 
@@ -208,7 +211,7 @@ def validate(
             hardware, model, deployment, gpus=gpus, tp=tp, ep=ep, dp=dp, pp=pp, active_experts=active_experts,
             total_experts=total_experts, engine=engine, weight_precision=precision,
         )  # fmt: skip
-        outcome = run.compare(paths, progress=progress, setup=setup)
+        outcome = run.compare(paths, progress=progress, setup=setup, unseen=unseen)
     if markdown is not None:
         from simmoe.validation import markdown as pages  # noqa: PLC0415
 

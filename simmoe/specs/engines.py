@@ -57,7 +57,13 @@ class EngineParameters(Spec):
     tuned_expert_shapes: tuple[tuple[int, int], ...] = Field(
         default=(), description="(experts, width on a device) whose kernel the version shipped tuned for this device."
     )
+    fitted_to: tuple[str, ...] = Field(default=(), description="Models whose served runs its times were fitted to.")
     source: str
+
+    @property
+    def title(self) -> str:
+        """What it holds for, in a word or two."""
+        return self.engine + (f" before {self.before}" if self.before else "")
 
 
 class KernelChoice(Spec):
@@ -106,10 +112,13 @@ def _raw() -> Any:
 
 
 @lru_cache(maxsize=1)
-def _table() -> tuple[EngineParameters, ...]:
+def shipped_entries() -> tuple[EngineParameters, ...]:
+    """The entries of engines.yaml."""
     return tuple(EngineParameters.model_validate(entry, context={"from_file": True}) for entry in _raw()["engines"])
 
 
+#: Entries that answer in place of the shipped ones while set, for judging fits by models they never saw.
+ENTRIES: ContextVar[tuple[EngineParameters, ...] | None] = ContextVar("entries", default=None)
 #: Values that stand instead of every entry's own while set, for fits that ask what would follow from others.
 OVERRIDES: ContextVar[Mapping[str, object]] = ContextVar("overrides", default=MappingProxyType({}))
 
@@ -128,7 +137,7 @@ def engine_parameters(deployment: Deployment, device: str) -> EngineParameters:
         oldest = tuple(-number for number in version_numbers(entry.before) or ())
         return (len(entry.version or ""), int(entry.device is not None), int(entry.before is not None), oldest)
 
-    candidates = [entry for entry in _table() if fits(entry)]
+    candidates = [entry for entry in ENTRIES.get() or shipped_entries() if fits(entry)]
     chosen = max(candidates, key=specificity)
     changes: dict[str, Any] = dict(OVERRIDES.get())
     if changes:

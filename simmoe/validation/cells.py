@@ -6,6 +6,10 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
+from pydantic import ValidationError
+
+from simmoe.specs.base import Spec
+from simmoe.specs.problems import describe
 
 Row = Mapping[str, object]
 #: Key under which a row tells the folder of its file.
@@ -37,6 +41,11 @@ def integer(row: Row, name: str) -> int | None:
     """A cell as a whole number, None if it is missing or not one."""
     value = number(row, name)
     return None if value is None else round(value)
+
+
+def why(problem: ValueError, kind: type[Spec]) -> str:
+    """What is wrong with a row read as a ``kind``, in one line."""
+    return short(describe(problem, kind) if isinstance(problem, ValidationError) else str(problem))
 
 
 def short(words: str) -> str:

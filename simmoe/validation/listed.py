@@ -17,6 +17,7 @@ from rich.table import Table as RichTable
 from simmoe.specs.measurement import Table, read_table
 from simmoe.validation import serving
 from simmoe.validation.summary import Comparison, Outcome
+from simmoe.validation.unseen import SUFFIX
 
 _NEEDED = frozenset({"file", "source_id"})
 KINDS = ("throughput", "tpot", "ttft")
@@ -39,8 +40,14 @@ def is_list(table: Table) -> bool:
     return set(table.columns) >= _NEEDED and not serving.is_serving_table(table)
 
 
-def compare(table: Table, already: Sequence[Path] = (), before: Outcome | None = None) -> Outcome:
-    """Predict the rows a list names; those of files compared ``already`` are looked up in the outcome ``before``."""
+def compare(
+    table: Table, already: Sequence[Path] = (), before: Outcome | None = None, *, unseen: bool = False
+) -> Outcome:
+    """Predict the rows a list names; those of files compared ``already`` are looked up in the outcome ``before``.
+
+    ``unseen``: with each row's own model left out of the engine times, as ``before`` must have been too.
+    """
+    suffix = SUFFIX if unseen else ""
     outcome = Outcome()
     wanted: dict[str, list[str]] = {}
     for name, source_id in zip(table.text("file"), table.text("source_id"), strict=True):
@@ -52,9 +59,9 @@ def compare(table: Table, already: Sequence[Path] = (), before: Outcome | None =
             reason = f"{name} is not beside {table.path.name}"
             found = _none(reason, ids)
         elif path in already and before is not None:
-            found, reason = _looked_up(before, path.name), "no such source_id, or no throughput, TPOT or TTFT"
+            found, reason = _looked_up(before, path.name + suffix), "no such source_id, or no throughput, TPOT or TTFT"
         else:
-            found, reason = _one_file(path, ids), "no throughput, TPOT or TTFT"
+            found, reason = _one_file(path, ids, unseen=unseen), "no throughput, TPOT or TTFT"
         if path is None or path not in already:
             outcome.extend(found)
         for source_id in ids:
@@ -62,15 +69,15 @@ def compare(table: Table, already: Sequence[Path] = (), before: Outcome | None =
             why = None if figures else found.skipped_rows.get(source_id, reason)
             rows.append(ListedRow(name, source_id, figures, why))
     if rows:
-        outcome.lists[table.path.name] = rows
+        outcome.lists[table.path.name + suffix] = rows
     return outcome
 
 
-def _one_file(path: Path, ids: list[str]) -> Outcome:
+def _one_file(path: Path, ids: list[str], *, unseen: bool) -> Outcome:
     table = read_table(path)
     if not serving.is_serving_table(table):
         return _none(f"{path.name}: columns of no kind simmoe compares", ids)
-    outcome = serving.compare(table, only=frozenset(ids))
+    outcome = (serving.compare_unseen if unseen else serving.compare)(table, frozenset(ids))
     present = set(table.text("source_id").tolist())
     for source_id in ids:
         if source_id not in present:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from simmoe.specs.measurement import read_table
 from simmoe.specs.workload import Lengths, Prompts, Workload
-from simmoe.validation.cells import BESIDE, Row, Unspoken, integer, number, text
+from simmoe.validation.cells import BESIDE, Row, Unspoken, integer, number, text, why
 
 #: Requests of a closed-loop run per client, where a row gives no number: InferenceX scripts send ten; assumed of all.
 ROUNDS = 10
@@ -27,7 +27,14 @@ _FEW_REQUESTS, _FEW_CLIENTS = 100, 4
 
 
 def traffic(row: Row) -> tuple[Workload, int | None]:
-    """What was sent, and how many requests; None: without end."""
+    """What was sent, and how many requests; None: without end. `Unspoken` where the cells make no sense."""
+    try:
+        return _traffic(row)
+    except ValueError as problem:
+        raise Unspoken(f"traffic not understood: {why(problem, Workload)}") from None
+
+
+def _traffic(row: Row) -> tuple[Workload, int | None]:
     input_tokens, output_tokens = number(row, "input_tokens"), number(row, "output_tokens")
     if not input_tokens or not output_tokens:
         raise Unspoken("input or output length unknown")

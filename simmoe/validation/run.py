@@ -25,13 +25,16 @@ if TYPE_CHECKING:
 _FIGURES = ("mape_percent", "median_ape_percent", "p90_ape_percent", "bias_percent", "inside_90_percent")
 
 
-def compare(paths: Sequence[Path], progress: Progress | None = None, setup: Setup | None = None) -> Outcome:
+def compare(
+    paths: Sequence[Path], progress: Progress | None = None, setup: Setup | None = None, *, unseen: bool = False
+) -> Outcome:
     """Compare every table and benchmark result found in the paths that simmoe recognises by its columns or keys.
 
     Parameters
     ----------
     setup : where and how the engines of benchmark results ran; its hardware file also tells the devices of kernel
         tables that end in its name.
+    unseen : judge rows of serving tables once more with their own model left out of the engine times.
 
     Raises
     ------
@@ -51,12 +54,15 @@ def compare(paths: Sequence[Path], progress: Progress | None = None, setup: Setu
     given = described(file) if file is not None and file.is_file() else None
     task = progress.add_task("comparing", total=len(tables) + len(results)) if progress else None
     lists = []
+    hidden = Outcome()
     for path in tables:
         table = read_table(path)
         if kernels.is_kernel_table(table):
             outcome.extend(kernels.compare(table, given))
         elif serving.is_serving_table(table):
             outcome.extend(serving.compare(table))
+            if unseen:
+                hidden.extend(serving.compare_unseen(table))
         elif listed.is_list(table):
             lists.append(table)
         else:
@@ -65,6 +71,10 @@ def compare(paths: Sequence[Path], progress: Progress | None = None, setup: Setu
             progress.advance(task)
     for table in lists:
         outcome.extend(listed.compare(table, tables, outcome))
+        if unseen:
+            hidden.extend(listed.compare(table, tables, hidden, unseen=True))
+    hidden.skipped.clear()  # counted once already
+    outcome.extend(hidden)
     for path in results:
         found = _compare_results(path, setup)
         if not found.comparisons and not found.skipped:

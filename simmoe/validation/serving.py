@@ -8,13 +8,14 @@ counted with the reason. How a row is read is in `serving_rows`.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
 from simmoe.errors import SimmoeError
 from simmoe.metrics import ServingMetrics
-from simmoe.predict import compiled_for, mean_step
+from simmoe.predict import Compiled, compiled_for, mean_step
 from simmoe.sim.cluster import simulate
 from simmoe.sim.disaggregated import Handover, transfer_of
 from simmoe.sim.pool import PoolSetup
@@ -27,8 +28,9 @@ from simmoe.steady.state import steady_state
 from simmoe.validation.cells import BESIDE, Row, Unspoken, number, short, text
 from simmoe.validation.misses import of_step
 from simmoe.validation.phase_rows import compare_row, is_phase_row
-from simmoe.validation.serving_rows import Run, describe, group_of
+from simmoe.validation.serving_rows import Run, describe, group_of, model_named
 from simmoe.validation.summary import Comparison, Outcome
+from simmoe.validation.unseen import SUFFIX, left_out
 
 __all__ = ["Run", "Unspoken", "compare", "compare_runs", "describe", "figures", "is_serving_table", "rows_of", "solve"]
 
@@ -59,12 +61,38 @@ def is_serving_table(table: Table) -> bool:
 
 def compare(table: Table, only: frozenset[str] | None = None) -> Outcome:
     """Predict every row of a serving table that can be predicted; ``only``: those of these source ids."""
+    return _compare(table, _numbered(table, only))
+
+
+def compare_unseen(table: Table, only: frozenset[str] | None = None) -> Outcome:
+    """As `compare`, each row with its own model left out of the engine times; nothing is counted as skipped."""
+    by_model: dict[str, list[tuple[int, Row]]] = defaultdict(list)
+    for line, row in _numbered(table, only):
+        by_model[text(row, "model")].append((line, row))
+    outcome = Outcome()
+    for name, rows in by_model.items():
+        try:
+            model = model_named(name)
+        except Unspoken:
+            continue
+        with left_out(model.name):
+            found = _compare(table, rows)
+        outcome.skipped_rows |= found.skipped_rows
+        outcome.comparisons += [replace(c, group=c.group + SUFFIX, file=c.file + SUFFIX) for c in found.comparisons]
+    return outcome
+
+
+def _numbered(table: Table, only: frozenset[str] | None) -> Iterator[tuple[int, Row]]:
+    for line, row in enumerate(rows_of(table), start=2):
+        if only is None or text(row, "source_id") in only:
+            yield line, row
+
+
+def _compare(table: Table, rows: Iterable[tuple[int, Row]]) -> Outcome:
     source, file = stem(table.path), table.path.name
     lines = []
     phases = Outcome()
-    for line, row in enumerate(rows_of(table), start=2):
-        if only is not None and text(row, "source_id") not in only:
-            continue
+    for line, row in rows:
         group = "/".join((source, *(text(row, name) for name in ("model", "gpu", "engine")))) + group_of(row)
         if is_phase_row(row):
             compare_row(row, file, line, group, phases)
@@ -141,12 +169,18 @@ def solve(run: Run, *, seed: int = 0) -> tuple[ServingMetrics, float, tuple[str,
     else:
         metrics, _ = steady_state(curve, run.deployment, run.workload, tokens)
     sigma = mean_step(parts.table, curve, metrics, run.deployment, run.workload).log_sigma
-    metrics = delayed(metrics, parts.engine.parameters, run.workload.input.mean)
-    return metrics, sigma, tuple(parts.engine.times.notes)
+    return _seen(metrics, parts, run), sigma, tuple(parts.engine.times.notes)
+
+
+def _seen(metrics: ServingMetrics, parts: Compiled, run: Run) -> ServingMetrics:
+    """Metrics at the client; each replica that takes requests in has a front end."""
+    shared = replace(metrics, mean_running=metrics.mean_running / run.deployment.replicas)
+    seen = delayed(shared, parts.engine.parameters, run.workload.input.mean)
+    return replace(seen, mean_running=metrics.mean_running)
 
 
 def _solve_pools(run: Run, decode: Deployment, seed: int) -> tuple[ServingMetrics, float, tuple[str, ...]]:
-    """As `solve`, prompts in one pool and outputs in another; each prefill replica has a front end."""
+    """As `solve`, prompts in one pool and outputs in another."""
     prefill, decoding = (compiled_for(run.hardware, run.model, d, run.workload) for d in (run.deployment, decode))
     rule = Disaggregation(decode=decode)
     setup = PoolSetup(table=decoding.table, deployment=decode, kv_tokens=decoding.memory.kv_tokens)
@@ -164,10 +198,8 @@ def _solve_pools(run: Run, decode: Deployment, seed: int) -> tuple[ServingMetric
     tokens = decoding.memory.kv_tokens
     curve = load_curve(decoding.table, decode, run.workload, tokens)
     sigma = mean_step(decoding.table, curve, metrics, decode, run.workload).log_sigma
-    shared = replace(metrics, mean_running=metrics.mean_running / run.deployment.replicas)
-    seen = delayed(shared, prefill.engine.parameters, run.workload.input.mean)
     notes = (*prefill.engine.times.notes, *decoding.engine.times.notes)
-    return replace(seen, mean_running=metrics.mean_running), sigma, notes
+    return _seen(metrics, prefill, run), sigma, notes
 
 
 def figures(row: Mapping[str, object], metrics: ServingMetrics, run: Run) -> list[tuple[str, float, float]]:
@@ -182,7 +214,7 @@ def figures(row: Mapping[str, object], metrics: ServingMetrics, run: Run) -> lis
     for name, predicted in rates.items():
         measured = number(row, name) or (number(row, f"{name}_per_gpu") or 0.0) * gpus
         # one throughput a row: output if it is there, else total, else requests
-        if measured:
+        if measured > 0:
             found.append((name, measured, predicted))
             break
     for column, (quantity, metric, statistic) in _LATENCIES.items():

@@ -19,12 +19,12 @@ from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.model import Model
 from simmoe.specs.speculative import Speculative
 from simmoe.specs.workload import Workload
-from simmoe.validation.cells import Row, Unspoken, integer, short, text
+from simmoe.validation.cells import Row, Unspoken, integer, text, why
 from simmoe.validation.engine_limits import LIMITS, limits, policy, release
 from simmoe.validation.row_traffic import traffic
 from simmoe.validation.speculative_rows import speculation
 
-__all__ = ["Run", "Unspoken", "describe", "described_parts"]
+__all__ = ["Run", "Unspoken", "describe", "described_parts", "model_named"]
 
 #: Tokens per streamed message of InferenceX's SGLang recipes (``--stream-interval``), where a row gives no number.
 STREAM_INTERVAL = 10.0
@@ -115,7 +115,7 @@ def speculating(deployment: Deployment, drafts: tuple[Speculative | None, str]) 
     try:
         return deployment.vary(speculative=drafts[0])
     except ValueError as problem:
-        raise Unspoken(f"layout not modelled: {short(str(problem))}") from None
+        raise Unspoken(f"layout not modelled: {why(problem, Deployment)}") from None
 
 
 def group_of(row: Row) -> str:
@@ -129,7 +129,7 @@ def described_parts(row: Row, *, engine: str) -> tuple[Hardware, Model, Deployme
     if engine not in LIMITS:
         raise Unspoken(f"engine {engine!r} is not modelled")
     hardware = _hardware(text(row, "gpu"))
-    model = _model(text(row, "model"))
+    model = model_named(text(row, "model"))
     gpus = integer(row, "num_gpus")
     if gpus is None:
         raise Unspoken("number of GPUs unknown")
@@ -145,7 +145,8 @@ def _hardware(name: str) -> Hardware:
 
 
 @lru_cache(maxsize=256)
-def _model(name: str) -> Model:
+def model_named(name: str) -> Model:
+    """The preset of a name as tables write it; `Unspoken` where there is none."""
     try:
         return load_model(re.sub(r"\s*\(.*\)$", "", name))
     except SimmoeError:
@@ -205,7 +206,7 @@ def _deployment(row: Row, hardware: Hardware, model: Model, engine: str, gpus: i
     try:
         return Deployment.model_validate(values)
     except ValueError as problem:
-        raise Unspoken(f"layout not modelled: {short(str(problem))}") from None
+        raise Unspoken(f"layout not modelled: {why(problem, Deployment)}") from None
 
 
 #: Largest group whose ranks all gather all tokens; beyond, engines send tokens to the experts' ranks.
