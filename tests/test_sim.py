@@ -227,6 +227,7 @@ def planned_rank(decodes, context, chunks=()):
     return SimpleNamespace(stepping=decodes, context=context, chunks=list(chunks), width=1, stride=1, loading=0)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 8), st.integers(0, 5000), st.lists(st.integers(1, 18), max_size=3))
 def test_ticks_keep_the_tables_times(decodes, context, prompts):
     """The twin shares the rounding to ticks; this is the check of that rounding against float seconds."""

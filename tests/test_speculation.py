@@ -94,6 +94,7 @@ def test_contradictions_are_named(values, message):
         Speculative(**{"method": "mtp", **values})
 
 
+@settings(deadline=None)
 @given(st.integers(1, 8), st.floats(0, 1))
 def test_a_length_stands_for_the_rate_that_gives_it(drafts, rate):
     known = Speculative(method="ngram", draft_tokens=drafts, acceptance_rate=rate)
