@@ -4,7 +4,8 @@ Rows of a rank that begin in one of many equal bins of time become one: its step
 integrals of requests and blocks are theirs, so means over a window stay exact but for what the window's edges cut. What
 single steps took is lost but for the gaps between tokens, which move to the table of gaps, counted in logarithmic bins
 whose value is the mean of what is in them: their mean stays exact, percentiles are off by at most a bin, 0.07 %.
-Left out: which of the requests running at a moment a merged row hides (`steady.front_end` then takes its mean).
+Left out: how many requests ran at a moment, of which a merged row has the mean (`steady.front_end` takes it: TTFT of a
+million requests moves by 0.1 %, its p99 by 0.2 %).
 Checked in: tests/test_merging.py against the log of the same run unmerged.
 """
 

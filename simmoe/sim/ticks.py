@@ -11,6 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import isqrt, sqrt
 
+import numpy as np
+from numpy.typing import NDArray
+
 from simmoe.engine.step import StepTable
 from simmoe.errors import SpecError
 
@@ -21,6 +24,11 @@ S_PER_TICK = 2.0**-60
 def to_ticks(seconds: float) -> int:
     """Nearest tick to a time in seconds. [ticks]"""
     return round(seconds * TICKS_PER_S)
+
+
+def _all_to_ticks(seconds: NDArray[np.float64]) -> list[int]:
+    """As `to_ticks`, for many; a scaling by a power of two loses nothing."""
+    return [int(tick) for tick in np.rint(seconds * TICKS_PER_S).tolist()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,20 +65,20 @@ class TickTable:
                 f"step table covers {table.max_tokens} tokens and {table.max_requests} requests; the deployment's "
                 f"limits are {max_tokens} tokens and {max_requests} requests; compile the table for these"
             )
-        token = [to_ticks(t) for t in table.token_s[: max_tokens + 1].tolist()]
+        token = _all_to_ticks(table.token_s[: max_tokens + 1])
         if min(token[1:]) <= 0:
             raise SpecError("step table: token_s must be > 0 for every step of one token or more")
-        head = [to_ticks(t) for t in table.head_s[: most_rows + 1].tolist()]
-        base = [to_ticks(t) for t in table.decode_base_s[: max_requests + 1].tolist()]
-        slope = [to_ticks(t / grain) for t in table.decode_per_context_s[: max_requests + 1].tolist()]
+        head = _all_to_ticks(table.head_s[: most_rows + 1])
+        base = _all_to_ticks(table.decode_base_s[: max_requests + 1])
+        slope = _all_to_ticks(table.decode_per_context_s[: max_requests + 1] / grain)
         mixed = [
-            alone if part is None else [to_ticks(t / unit) for t in part[: max_requests + 1].tolist()]
+            alone if part is None else _all_to_ticks(part[: max_requests + 1] / unit)
             for part, alone, unit in ((table.mixed_base_s, base, 1), (table.mixed_per_context_s, slope, grain))
         ]
         by_batches, shares = table.prompts
         tokens = [token]
         if len(by_batches) > 1:
-            tokens = [[to_ticks(t) for t in row[: max_tokens + 1].tolist()] for row in by_batches]
+            tokens = [_all_to_ticks(row[: max_tokens + 1]) for row in by_batches]
         terms = (table.prefill_base_s, table.prefill_per_token_s, table.prefill_per_pair_s)
         return cls(
             token=token,
