@@ -11,8 +11,8 @@ from simmoe.errors import MeasurementError, SpecError
 from simmoe.predict import predict
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.validation import run
-from simmoe.validation.bench_json import describe, engine_of, figures_of, read_results, setup_from
-from simmoe.validation.serving_rows import Unspoken
+from simmoe.validation.serving.bench_json import describe, engine_of, figures_of, read_results, setup_from
+from simmoe.validation.serving.rows import Unspoken
 
 VLLM = {
     "date": "20260101-120000", "endpoint_type": "vllm", "backend": "vllm", "label": None,

@@ -8,8 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from simmoe.cli.main import app
-from simmoe.validation import claims
-from simmoe.validation.claims import Claim, holds, speak
+from simmoe.validation.claims import page as claims
+from simmoe.validation.claims.claim import Claim, holds, speak
 
 PAGE = Path(__file__).parents[1] / "validate" / "claims" / "README.md"
 

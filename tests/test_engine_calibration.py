@@ -12,8 +12,8 @@ from simmoe.specs.deployment import Deployment
 from simmoe.specs.engines import engine_kernels, engine_parameters, version_numbers
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.measurement import read_table
-from simmoe.validation import serving
-from simmoe.validation.serving_rows import describe
+from simmoe.validation.serving import compare as serving
+from simmoe.validation.serving.rows import describe
 
 pytest.importorskip("scipy")
 

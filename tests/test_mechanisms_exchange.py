@@ -17,7 +17,7 @@ from simmoe.specs.deployment import Deployment
 from simmoe.specs.hardware import Fabric
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.mechanisms import Exchange
-from simmoe.validation.phases import CASES
+from simmoe.validation.serving.phases import CASES
 from tests.reference.mechanisms_twin import torus_link_load
 
 H100 = load_hardware("h100")

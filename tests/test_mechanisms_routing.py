@@ -23,7 +23,7 @@ from simmoe.routing.schedules import entropy_shares, kept_shares
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.routing import Routing, routing_values
-from simmoe.validation.claims_timed import FAVOURITES
+from simmoe.validation.claims.timed import FAVOURITES
 from tests.reference import mechanisms_twin as twin
 
 MODEL = load_model("qwen3-30b-a3b")

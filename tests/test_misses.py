@@ -12,7 +12,7 @@ from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.workload import Lengths, Workload
 from simmoe.validation import markdown, misses
 from simmoe.validation.misses import implied_s, is_large, of_kernel, of_step, suspects
-from simmoe.validation.serving_rows import Run
+from simmoe.validation.serving.rows import Run
 from simmoe.validation.summary import Comparison, Explanation, Outcome
 
 RUN = Run(

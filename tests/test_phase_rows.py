@@ -2,8 +2,8 @@
 
 import pytest
 
-from simmoe.validation.phase_rows import compare_row, is_phase_row
-from simmoe.validation.serving_rows import group_of
+from simmoe.validation.serving.phase_rows import compare_row, is_phase_row
+from simmoe.validation.serving.rows import group_of
 from simmoe.validation.summary import Outcome
 
 ROW = {

@@ -20,10 +20,12 @@ from simmoe.simulation import run_scenario
 from simmoe.specs.engines import engine_parameters
 from simmoe.specs.scenario import load_scenario
 from simmoe.validation import run as validation_run
-from simmoe.validation import showdown, showdown_fit, showdown_scenarios
-from simmoe.validation.showdown_runs import Run, read_runs
-from simmoe.validation.showdown_scenarios import scenario_of
-from simmoe.validation.showdown_table import large_misses
+from simmoe.validation.showdown import compare as showdown
+from simmoe.validation.showdown import fit as showdown_fit
+from simmoe.validation.showdown import scenarios as showdown_scenarios
+from simmoe.validation.showdown.runs import Run, read_runs
+from simmoe.validation.showdown.scenarios import scenario_of
+from simmoe.validation.showdown.table import large_misses
 from simmoe.validation.summary import summarise
 
 SHIPPED = Path(__file__).parents[1] / "validate" / "vllm_showdown"

@@ -29,7 +29,7 @@ from simmoe.specs.load import load_deployment, load_hardware, load_model
 from simmoe.specs.speculative import Speculative, speculative_values
 from simmoe.specs.workload import Lengths, Workload
 from simmoe.steady.load_curve import decode_steps
-from simmoe.validation.speculative_rows import speculation
+from simmoe.validation.serving.speculative_rows import speculation
 
 H200, V3, SMALL = load_hardware("h200"), load_model("deepseek-v3"), load_model("deepseek-v2-lite")
 EIGHT = Deployment(gpus=8, engine="sglang")

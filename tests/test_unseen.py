@@ -12,8 +12,8 @@ from simmoe.cli.main import app
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.engines import engine_parameters, shipped_entries
 from simmoe.specs.measurement import read_table
-from simmoe.validation import serving
-from simmoe.validation.unseen import SUFFIX, entries_without, left_out
+from simmoe.validation.serving import compare as serving
+from simmoe.validation.serving.unseen import SUFFIX, entries_without, left_out
 
 CELLS = {
     "source_id": "a", "model": "DeepSeek-R1", "gpu": "H200-SXM", "num_gpus": 8, "engine": "vllm",

@@ -18,9 +18,9 @@ from simmoe.specs.engines import engine_parameters
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.measurement import read_table
 from simmoe.specs.mechanisms import Exchange
-from simmoe.validation import serving
-from simmoe.validation.engine_limits import limits, release
-from simmoe.validation.serving_rows import Unspoken, describe
+from simmoe.validation.serving import compare as serving
+from simmoe.validation.serving.engine_limits import limits, release
+from simmoe.validation.serving.rows import Unspoken, describe
 
 H100, H200, A100 = (load_hardware(name) for name in ("h100", "h200", "a100"))
 V3, LITE, QWEN = (load_model(name) for name in ("deepseek-v3", "deepseek-v2-lite", "qwen3-235b-a22b"))

@@ -12,10 +12,11 @@ from simmoe.report import plots
 from simmoe.specs.engines import EngineParameters
 from simmoe.specs.measurement import read_table
 from simmoe.steady.front_end import delayed, front_end_s
-from simmoe.validation import gains, serving
-from simmoe.validation.engine_limits import LIMITS
-from simmoe.validation.row_traffic import ROUNDS
-from simmoe.validation.serving_rows import Unspoken, describe
+from simmoe.validation import gains
+from simmoe.validation.serving import compare as serving
+from simmoe.validation.serving.engine_limits import LIMITS
+from simmoe.validation.serving.row_traffic import ROUNDS
+from simmoe.validation.serving.rows import Unspoken, describe
 
 COLUMNS = [
     *("source_id", "model", "gpu", "num_gpus", "engine", "engine_version", "tp", "ep", "dp", "dp_attention"),

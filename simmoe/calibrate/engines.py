@@ -30,9 +30,10 @@ from simmoe.predict import compiled, engine_of
 from simmoe.specs.engines import OVERRIDES, EngineParameters, engine_parameters
 from simmoe.specs.measurement import Table, read_table, table_paths
 from simmoe.steady.front_end import front_end_s
-from simmoe.validation import gains, serving
+from simmoe.validation import gains
 from simmoe.validation.cells import number
-from simmoe.validation.serving import Run, Unspoken
+from simmoe.validation.serving import compare as serving
+from simmoe.validation.serving.compare import Run, Unspoken
 
 Array = NDArray[np.float64]
 

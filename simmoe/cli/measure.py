@@ -187,7 +187,8 @@ def validate(
     `simmoe validate --live --budget 2min --json`
     """
     from simmoe import validation  # noqa: PLC0415
-    from simmoe.validation import bench_json, listed, misses, run, summary  # noqa: PLC0415
+    from simmoe.validation import misses, run, summary  # noqa: PLC0415
+    from simmoe.validation.serving import bench_json, listed  # noqa: PLC0415
 
     if live:
         cli_live.validate_live(
@@ -242,9 +243,10 @@ def validate(
 
 
 def _claims(markdown: Path | None, json: bool) -> None:
-    from simmoe.validation import claims  # noqa: PLC0415
+    from simmoe.validation.claims import page as claims  # noqa: PLC0415
+    from simmoe.validation.claims.claim import speak  # noqa: PLC0415
 
-    spoken = [claims.speak(claim) for claim in claims.all_claims()]
+    spoken = [speak(claim) for claim in claims.all_claims()]
     if markdown is not None:
         claims.write_page(spoken, markdown)
     if json:

@@ -16,8 +16,8 @@ import numpy as np
 
 from simmoe.errors import MeasurementError, SimmoeError
 from simmoe.specs.measurement import Table
-from simmoe.validation import serving
-from simmoe.validation.serving import Run, Unspoken
+from simmoe.validation.serving import compare as serving
+from simmoe.validation.serving.compare import Run, Unspoken
 
 if TYPE_CHECKING:
     from rich.console import Group

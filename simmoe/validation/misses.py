@@ -19,7 +19,7 @@ from simmoe.costs.operators.base import Features, Operator
 from simmoe.engine.step import UNFITTED_LOG_SIGMA, Batch
 from simmoe.predict import compiled_for, predict
 from simmoe.specs.hardware import Hardware
-from simmoe.validation.serving_rows import Run
+from simmoe.validation.serving.rows import Run
 from simmoe.validation.summary import KERNEL_QUANTITY, Comparison, Explanation, Outcome
 
 LARGE = 0.2

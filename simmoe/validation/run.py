@@ -15,8 +15,12 @@ from rich.text import Text
 from simmoe.costs.operators.registry import described
 from simmoe.errors import MeasurementError
 from simmoe.specs.measurement import read_table, stem, table_paths
-from simmoe.validation import bench_json, kernels, listed, misses, serving, showdown, showdown_table
-from simmoe.validation.bench_json import Setup
+from simmoe.validation import kernels, misses
+from simmoe.validation.serving import bench_json, listed
+from simmoe.validation.serving import compare as serving
+from simmoe.validation.serving.bench_json import Setup
+from simmoe.validation.showdown import compare as showdown
+from simmoe.validation.showdown import table as showdown_table
 from simmoe.validation.summary import GroupError, Outcome, summarise
 
 if TYPE_CHECKING:

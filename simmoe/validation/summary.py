@@ -12,12 +12,9 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from simmoe.validation.listed import ListedRow
 
 #: Quantity of kernel rows.
 KERNEL_QUANTITY = "latency_us"
@@ -41,6 +38,16 @@ class Comparison:
     def error(self) -> float:
         """Relative error, predicted / measured - 1. [-]"""
         return self.predicted / self.measured - 1
+
+
+@dataclass(frozen=True)
+class ListedRow:
+    """One listed row: its figure of each kind there is, or why there is none."""
+
+    file: str
+    source_id: str
+    figures: dict[str, Comparison]
+    reason: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +82,7 @@ class Outcome:
     skipped_rows: dict[str, str] = field(default_factory=dict)
     """Source id of a run that was not predicted to the reason."""
     lists: dict[str, list[ListedRow]] = field(default_factory=dict)
-    """Name of a list of rows (`simmoe.validation.listed`) to what became of them."""
+    """Name of a list of rows (`simmoe.validation.serving.listed`) to what became of them."""
 
     def skip(self, reason: str, count: int = 1, row: str = "") -> None:
         """Count rows that were not predicted; ``row``: the source id of the one meant."""

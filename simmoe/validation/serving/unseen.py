@@ -24,7 +24,7 @@ SUFFIX = ", model unseen"
 
 @lru_cache(maxsize=1)
 def _times() -> Mapping[str, Mapping[str, Mapping[str, float]]]:
-    text = resources.files("simmoe.validation").joinpath("unseen_engines.yaml").read_text(encoding="utf-8")
+    text = resources.files("simmoe.validation.serving").joinpath("unseen_engines.yaml").read_text(encoding="utf-8")
     found: Mapping[str, Mapping[str, Mapping[str, float]]] = yaml.safe_load(text)["without"]
     return found
 

@@ -1,6 +1,6 @@
 """Claims with a second in them: gains of capping and refill, wide expert parallelism, exchanges.
 
-Left out: systems of before 2023 (`claims_historic`).
+Left out: systems of before 2023 (`historic`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from simmoe.routing.groups import nodes_per_token
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.workload import Lengths, Workload
-from simmoe.validation.claims import Claim
-from simmoe.validation.phases import CASES
+from simmoe.validation.claims.claim import Claim
+from simmoe.validation.serving.phases import CASES
 
 _YANG = "Faster MoE LLM Inference, arXiv 2505.03531"
 _REFILL = "Opportunistic Expert Activation, arXiv 2511.02237"

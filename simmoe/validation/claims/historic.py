@@ -11,7 +11,7 @@ from simmoe.engine.step import Batch
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.variants import dense_equivalent
-from simmoe.validation.claims import Claim
+from simmoe.validation.claims.claim import Claim
 
 _DEEPSPEED = "DeepSpeed-MoE, arXiv 2201.05596"
 _HUANG = "Towards MoE Deployment, arXiv 2303.06182"

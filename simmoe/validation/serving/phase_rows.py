@@ -20,8 +20,8 @@ from simmoe.specs.mechanisms import Exchange
 from simmoe.specs.model import Model
 from simmoe.specs.routing import Routing
 from simmoe.validation.cells import Row, Unspoken, number, text
-from simmoe.validation.phases import phase_step
-from simmoe.validation.serving_rows import described_parts, speculating, speculation_of
+from simmoe.validation.serving.phases import phase_step
+from simmoe.validation.serving.rows import described_parts, speculating, speculation_of
 from simmoe.validation.summary import Comparison, Outcome
 
 _Z90 = 1.6449

@@ -1,6 +1,6 @@
 """Claims that follow from shapes and probabilities alone: sizes, distinct experts, padding, hops, bytes.
 
-Left out: anything with a second in it (`claims_timed`).
+Left out: anything with a second in it (`timed`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from simmoe.specs.deployment import Deployment
 from simmoe.specs.hardware import Fabric
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.model import Experts
-from simmoe.validation.claims import Claim
-from simmoe.validation.claims_timed import FAVOURITES
+from simmoe.validation.claims.claim import Claim
+from simmoe.validation.claims.timed import FAVOURITES
 
 _DEEPSPEED = "DeepSpeed-MoE, arXiv 2201.05596"
 _HUANG = "Towards MoE Deployment, arXiv 2303.06182"

@@ -5,7 +5,7 @@ as the traces show (nobody succeeds once the queue is that long). Figures are fo
 TTFT and end-to-end time at the client, means over requests that end within the client's limit, ITL as
 (mean e2e - mean TTFT) / (mean output length - 1) with the length the client counts, output rate as tokens over the time
 from the first request to the last token. Engine parameters were estimated on shared runs; a run of a model among them
-is predicted with parameters estimated without that model's runs (`showdown_fit`).
+is predicted with parameters estimated without that model's runs (`fit`).
 Left out: cold starts (compilation in the first seconds of MoE runs), stalls of unknown cause.
 """
 
@@ -35,7 +35,7 @@ from simmoe.specs.engines import EngineParameters
 from simmoe.specs.measurement import read_table
 from simmoe.specs.workload import Lengths, Workload
 from simmoe.steady.front_end import at_client
-from simmoe.validation.showdown_runs import PATIENCE_S, PROMPTS_PER_GROUP, Run, find, is_showdown, read_runs
+from simmoe.validation.showdown.runs import PATIENCE_S, PROMPTS_PER_GROUP, Run, find, is_showdown, read_runs
 from simmoe.validation.summary import Comparison, Outcome
 
 if TYPE_CHECKING:
@@ -211,8 +211,8 @@ def parameters_for(run: Run) -> EngineParameters:
 
 @lru_cache(maxsize=1)
 def _estimates() -> Mapping[str, Any]:
-    """What `showdown_fit.write` left: parameters ``known`` from code, estimated on ``all``, ``without`` a model."""
-    text = resources.files("simmoe.validation").joinpath("showdown_parameters.yaml").read_text(encoding="utf-8")
+    """What `fit.write` left: parameters ``known`` from code, estimated on ``all``, ``without`` a model."""
+    text = resources.files("simmoe.validation.showdown").joinpath("parameters.yaml").read_text(encoding="utf-8")
     table: Mapping[str, Any] = yaml.safe_load(text)
     return table
 

@@ -7,7 +7,6 @@ else what it does not name. A listed row without a figure says why.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +14,14 @@ import numpy as np
 from rich.table import Table as RichTable
 
 from simmoe.specs.measurement import Table, read_table
-from simmoe.validation import serving
-from simmoe.validation.summary import Comparison, Outcome
-from simmoe.validation.unseen import SUFFIX
+from simmoe.validation.serving import compare as serving
+from simmoe.validation.serving.unseen import SUFFIX
+from simmoe.validation.summary import Comparison, ListedRow, Outcome
 
 _NEEDED = frozenset({"file", "source_id"})
 KINDS = ("throughput", "tpot", "ttft")
 #: What stands for a kind, best first.
 _STATISTICS = ("mean", "median", "unspecified")
-
-
-@dataclass(frozen=True)
-class ListedRow:
-    """One listed row: its figure of each kind there is, or why there is none."""
-
-    file: str
-    source_id: str
-    figures: dict[str, Comparison]
-    reason: str | None
 
 
 def is_list(table: Table) -> bool:

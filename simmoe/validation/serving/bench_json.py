@@ -24,8 +24,8 @@ from simmoe.specs.hardware import Hardware
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.model import Model
 from simmoe.specs.workload import Lengths, Workload
-from simmoe.validation.engine_limits import LIMITS
-from simmoe.validation.serving_rows import Run, Unspoken
+from simmoe.validation.serving.engine_limits import LIMITS
+from simmoe.validation.serving.rows import Run, Unspoken
 
 Result = Mapping[str, Any]
 

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from simmoe.validation.showdown import GROUP, OWN
+from simmoe.validation.showdown.compare import GROUP, OWN
 from simmoe.validation.summary import Comparison
 
 _SHOWN = ("e2e_mean", "ttft_mean", "itl_mean", "ttft_p99", "output_tokens_per_s")

@@ -1,6 +1,6 @@
 """Engine parameters of vLLM from the shared showdown runs: one set, and one per model left out.
 
-`python -m simmoe.validation.showdown_fit validate/vllm_showdown` writes them anew (after kernels were recalibrated).
+`python -m simmoe.validation.showdown.fit validate/vllm_showdown` writes them anew (after kernels were recalibrated).
 
 Method: the runs are predicted at a start and with each parameter moved; around it, ln(predicted) of every stage's mean
 ITL and TTFT is taken as linear in the parameters (Gauss-Newton), and the parameters of least absolute residual are
@@ -22,8 +22,8 @@ import yaml
 from numpy.typing import NDArray
 
 from simmoe.specs.engines import EngineParameters
-from simmoe.validation.showdown import KNOWN, measured_figures, predict_run
-from simmoe.validation.showdown_runs import Run, read_runs
+from simmoe.validation.showdown.compare import KNOWN, measured_figures, predict_run
+from simmoe.validation.showdown.runs import Run, read_runs
 
 Array = NDArray[np.float64]
 
@@ -37,6 +37,9 @@ START: dict[str, tuple[float, float]] = {
 #: Times of a pool's entry that are tried. [s]
 ENTRY_TIMES = np.geomspace(10e-9, 30e-9, 8)
 Key = tuple[str, str, str]
+
+#: Named in the file it writes; ``__name__`` is __main__ there.
+_MODULE = "simmoe.validation.showdown.fit"
 
 
 def estimate(folder: Path, rounds: int = 1) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
@@ -140,12 +143,12 @@ def write(folder: Path, out: Path) -> None:
     without = {model: {**found, "offload_entry_time": entry_without[model]} for model, found in without.items()}
     count = len(read_runs(folder)[0])
     content = {
-        "source": f"estimated on the {count} shared runs of the vLLM showdown (vLLM 0.15.1), see showdown_fit",
+        "source": f"estimated on the {count} shared runs of the vLLM showdown (vLLM 0.15.1), see {_MODULE}",
         "known": KNOWN,
         "all": {name: _round(value) for name, value in together.items()},
         "without": {model: {n: _round(v) for n, v in values.items()} for model, values in without.items()},
     }
-    header = "# Times in seconds. Written by simmoe.validation.showdown_fit.\n"
+    header = "# Times in seconds. Written by simmoe.validation.showdown.fit.\n"
     out.write_text(header + yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 
 
@@ -154,4 +157,4 @@ def _round(value: float) -> float:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]), Path(__file__).with_name("showdown_parameters.yaml"))
+    write(Path(sys.argv[1]), Path(__file__).with_name("parameters.yaml"))

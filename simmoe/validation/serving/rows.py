@@ -20,9 +20,9 @@ from simmoe.specs.model import Model
 from simmoe.specs.speculative import Speculative
 from simmoe.specs.workload import Workload
 from simmoe.validation.cells import Row, Unspoken, integer, text, why
-from simmoe.validation.engine_limits import LIMITS, limits, policy, release
-from simmoe.validation.row_traffic import traffic
-from simmoe.validation.speculative_rows import speculation
+from simmoe.validation.serving.engine_limits import LIMITS, limits, policy, release
+from simmoe.validation.serving.row_traffic import traffic
+from simmoe.validation.serving.speculative_rows import speculation
 
 __all__ = ["Run", "Unspoken", "describe", "described_parts", "model_named"]
 

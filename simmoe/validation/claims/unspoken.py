@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from simmoe.validation.claims import Claim
+from simmoe.validation.claims.claim import Claim
 
 _QUALITY = "quality is tabulated, not computed"
 _TRAINING = "about training"

@@ -1,6 +1,6 @@
 """Each run of a folder of the showdown's layout as a scenario that `simmoe simulate` plays.
 
-`python -m simmoe.validation.showdown_scenarios validate/vllm_showdown` writes them anew (after `showdown_fit`). What is
+`python -m simmoe.validation.showdown.scenarios validate/vllm_showdown` writes them anew (after `fit`). What is
 said of an engine are the parameters estimated without the run's model. Runs without a trace come with their load.
 """
 
@@ -15,8 +15,8 @@ import yaml
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.engines import EngineParameters
 from simmoe.units import text
-from simmoe.validation.showdown import parameters_for
-from simmoe.validation.showdown_runs import PROMPTS, PROMPTS_PER_GROUP, Run, pause_s, read_runs
+from simmoe.validation.showdown.compare import parameters_for
+from simmoe.validation.showdown.runs import PROMPTS, PROMPTS_PER_GROUP, Run, pause_s, read_runs
 
 _ALWAYS = (
     "gpus", "tp", "dp", "ep", "weight_precision", "max_num_seqs", "max_num_batched_tokens", "memory_fraction",

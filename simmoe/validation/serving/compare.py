@@ -2,7 +2,7 @@
 
 A run with a finite number of requests is simulated as it was measured: all clients start at once, and rates are over
 its whole length, ramp and drain included. Open loops are solved in closed form. Rows the model cannot speak to are
-counted with the reason. How a row is read is in `serving_rows`.
+counted with the reason. How a row is read is in `rows`.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from simmoe.steady.load_curve import load_curve
 from simmoe.steady.state import steady_state
 from simmoe.validation.cells import BESIDE, Row, Unspoken, number, short, text
 from simmoe.validation.misses import of_step
-from simmoe.validation.phase_rows import compare_row, is_phase_row
-from simmoe.validation.serving_rows import Run, describe, group_of, model_named
+from simmoe.validation.serving.phase_rows import compare_row, is_phase_row
+from simmoe.validation.serving.rows import Run, describe, group_of, model_named
+from simmoe.validation.serving.unseen import SUFFIX, left_out
 from simmoe.validation.summary import Comparison, Outcome
-from simmoe.validation.unseen import SUFFIX, left_out
 
 __all__ = ["Run", "Unspoken", "compare", "compare_runs", "describe", "figures", "is_serving_table", "rows_of", "solve"]
 
