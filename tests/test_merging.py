@@ -79,7 +79,8 @@ def test_so_are_the_series_and_what_clients_see(runs):
         assert getattr(other, field) == pytest.approx(getattr(one, field), rel=0.03), field
     parameters = engine_parameters(Deployment(), "H100").vary(front_end_time_per_request=1e-3)
     seen = [at_client(run.requests.accepted().part(0, 3000), run.steps, parameters, 1) for run in runs]
-    assert seen[1].ttft_s.mean() == pytest.approx(seen[0].ttft_s.mean(), rel=0.02)
+    # some 150 bins for 11,000 steps, and a front end that takes a millisecond for every request in the engine
+    assert seen[1].ttft_s.mean() == pytest.approx(seen[0].ttft_s.mean(), rel=0.03)
 
 
 def test_a_trace_asks_for_every_step(runs, tmp_path):
