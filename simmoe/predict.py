@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -18,7 +18,7 @@ from simmoe.engine.engine import Engine
 from simmoe.engine.step import Batch, StepBreakdown, StepTable
 from simmoe.engine.tabulate import step_table
 from simmoe.errors import SaturationError, SpecError
-from simmoe.metrics import ServingMetrics
+from simmoe.metrics import Quantiles, ServingMetrics
 from simmoe.provenance import Provenance, stamp
 from simmoe.routing.imbalance import BusiestRank, busiest_of
 from simmoe.specs.deployment import Deployment
@@ -26,7 +26,7 @@ from simmoe.specs.engines import EngineParameters
 from simmoe.specs.hardware import Hardware
 from simmoe.specs.model import Model
 from simmoe.specs.workload import Workload
-from simmoe.steady.front_end import delayed
+from simmoe.steady.front_end import delayed, outpaced
 from simmoe.steady.load_curve import Curve, load_curve, saturation_requests_per_s
 from simmoe.steady.state import steady_state
 
@@ -147,6 +147,9 @@ def predict(hardware: Hardware, model: Model, deployment: Deployment, workload: 
     try:
         metrics, bound = steady_state(curve, deployment, workload, parts.memory.kv_tokens)
         metrics = delayed(metrics, parts.engine.parameters, workload.input.mean)
+        if workload.output.mean == 1:  # a gap takes two tokens
+            nothing = Quantiles.of(np.empty(0))
+            metrics = replace(metrics, tpot=nothing, itl=nothing)
     except SaturationError:
         metrics, bound = None, f"saturated ({curve.limit})"
     breakdown = mean_step(parts.table, curve, metrics, deployment, workload)
@@ -174,7 +177,11 @@ def predict(hardware: Hardware, model: Model, deployment: Deployment, workload: 
         throughput_90=(low, high),
         active_experts=parts.engine.top_k,
         engine_parameters=parts.engine.parameters,
-        notes=(*_silent(deployment), *parts.engine.times.notes),
+        notes=(
+            *_silent(deployment),
+            *(outpaced(metrics, workload) if metrics else ()),
+            *parts.engine.times.notes,
+        ),
     )
 
 
@@ -200,10 +207,12 @@ def predict_caps(
     varied = [deployment.vary(active_experts=cap) if model.experts else deployment for cap in caps]
     results = [predict(hardware, model, one, workload) for one in varied]
     if all(result.metrics is None for result in results):
-        best = max(result.saturation_output_tokens_per_s for result in results) / workload.output.mean
+        most = [result.saturation_output_tokens_per_s / workload.output.mean for result in results]
+        by_cap = ", ".join(f"{best:.4g} with {cap}" for best, cap in zip(most, caps, strict=True))
         raise SaturationError(
-            f"--rate {workload.rate:g}: the deployment saturates at {best:.4g} requests/s at every cap asked for; "
-            "lower --rate, or raise --gpus"
+            f"--rate {workload.rate:g}: the deployment saturates at {most[0]:.4g} requests/s"
+            + (f" ({by_cap} active experts)" if len(most) > 1 else "")
+            + "; lower --rate, or raise --gpus"
         )
     return results
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from simmoe.costs.kv_offload import host_tier_of
 from simmoe.costs.memory import MemoryFootprint
+from simmoe.errors import SpecError
 from simmoe.metrics import Quantiles, RequestTable, ServingMetrics, meets
 from simmoe.output_analysis import batch_means_interval, t_interval
 from simmoe.predict import compiled_for
@@ -28,10 +29,11 @@ from simmoe.sim.disaggregated import Handover, transfer_of
 from simmoe.sim.offload_books import bookkeeping_of
 from simmoe.sim.pool import PoolSetup
 from simmoe.specs.engines import EngineParameters
+from simmoe.specs.model import Model
 from simmoe.specs.scenario import Scenario
 from simmoe.specs.traces import read_trace
 from simmoe.specs.workload import Workload
-from simmoe.steady.front_end import at_client
+from simmoe.steady.front_end import at_client, outpaced
 from simmoe.units import text
 
 #: Measured requests of an endless workload if nothing is said.
@@ -142,6 +144,7 @@ def run_scenario(
             )
         )
         done(i + 1, plan.replications)
+    beyond = _beyond_context(runs[0], s.model)
     seen = [_as_seen(run, s, parameters) for run in runs]
     return Simulated(
         scenario=s,
@@ -150,8 +153,23 @@ def run_scenario(
         memory=parts.memory,
         engine_parameters=parameters,
         overloads=tuple(_overloads(runs[0], s.workload)),
-        notes=(*_notes(s, runs), *parts.engine.times.notes),
+        notes=(*_notes(s, runs), *beyond, *outpaced(seen[0], s.workload), *parts.engine.times.notes),
     )
+
+
+def _beyond_context(run: SimulationResult, model: Model) -> tuple[str, ...]:
+    """A note on requests longer than the model's context; SpecError if all are."""
+    longest = run.requests.input_tokens + run.requests.output_tokens
+    if model.max_context is None or not (beyond := longest > model.max_context).any():
+        return ()
+    which = "all" if beyond.all() else f"{int(beyond.sum())} of {beyond.size}"
+    said = (
+        f"{which} requests exceed the {model.max_context} tokens of context {model.name} has, with up to "
+        f"{longest.max():.0f} tokens (input and output)"
+    )
+    if beyond.all():
+        raise SpecError(said)
+    return (f"{said}; a server would refuse them",)
 
 
 def averaged(metrics: Sequence[ServingMetrics]) -> ServingMetrics:

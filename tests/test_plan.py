@@ -214,9 +214,8 @@ def trial(limit=0.02, **changes):
         workload=Workload(rate=10.0, input=Lengths(mean=600), output=Lengths(mean=120)),
         limits=(Limit("tpot", "p99", limit),),
         log_sigma=0.1,
-        confidence=0.9,
         requests=300,
-        **changes,
+        **{"confidence": 0.9} | changes,
     )
 
 
@@ -232,6 +231,14 @@ def test_a_limit_just_above_what_is_simulated_leaves_no_headroom():
     done = confirm(trial(limit=tight))
     assert done.slack == pytest.approx(1.0, abs=0.06)
     assert not done.confirms(0.9)
+
+
+def test_what_holds_as_predicted_holds_more_likely_than_not_whatever_confidence_is_asked():
+    limit = confirm(trial()).metrics.tpot.p99 * 1.02
+    sure, unsure = (confirm(trial(limit, confidence=confidence)) for confidence in (0.99, 0.6))
+    assert not sure.confirms(0.99)
+    assert min(sure.probability, unsure.probability) >= 0.5
+    assert sure.probability == pytest.approx(unsure.probability, abs=0.1)
 
 
 def test_scaled_tables_take_that_much_longer():
@@ -375,6 +382,7 @@ def test_command_fails_where_nothing_holds_the_objective():
         (["--hardware", "h100", "--rate", "10"], "objective"),
         (["--hardware", "h100", "--rate", "-1", "--tpot-p99", "20ms"], "rate"),
         (["--hardware", "h100", "--rate", "1", "--tpot-p99", "20ms", "--confidence", "1.5"], "confidence"),
+        (["--hardware", "h100", "--rate", "1", "--tpot-p99", "20ms", "--cv", "-1"], "--cv -1"),
     ],
 )
 def test_wrong_questions_are_one_line(words, said):

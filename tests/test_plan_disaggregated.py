@@ -99,6 +99,26 @@ def test_a_split_answer_reads_in_words_and_says_what_would_change_it():
     assert whatif.changes(replace(found, answer=None)) == []
 
 
+def test_what_simulation_turned_down_changes_no_answer():
+    """A pair that broke a limit by far is not offered for a looser one that it breaks as well."""
+    found = plan(asked(prompt=6000, tpot=0.012))
+
+    def looser(tpot):
+        loose = Limit("tpot", "p99", tpot)
+        return replace(found.question, limits=tuple(loose if x.metric == "tpot" else x for x in found.question.limits))
+
+    pair = disaggregated.hopeful(found.layouts, looser(0.0125))[0]
+    assert not whatif.Market.of(replace(found, rejected=())).refuted(pair, looser(0.0125))
+    seen = found.answer.confirmation
+    late = replace(seen.slow_metrics, tpot=replace(seen.slow_metrics.tpot, p99=0.02))
+    turned_down = replace(pair, confirmation=replace(seen, probability=0.6, slow_metrics=late))
+    market = replace(whatif.Market.of(replace(found, rejected=(turned_down,))), growth=1.0)
+    assert market.refuted(pair, found.question)
+    assert market.refuted(pair, looser(0.0125))
+    assert not market.refuted(pair, looser(0.021))
+    assert not market.refuted(pair, replace(found.question, confidence=0.55))
+
+
 def test_launch_lines_say_which_side_they_start():
     assert "--disaggregation-mode prefill" in launch.sglang(LITE, Deployment(), H100, "prefill")
     assert "--disaggregation-mode" not in launch.sglang(LITE, Deployment(), H100)

@@ -145,6 +145,24 @@ def test_a_rate_beyond_every_cap_is_one_line_with_the_capacity():
     ) as caught:
         predict_caps(H100, LITE, Deployment(), work(rate=1e6), (6, 4))
     assert "\n" not in str(caught.value)
+    native = predict(H100, LITE, Deployment(), work(rate=1.0)).saturation_output_tokens_per_s / 256
+    assert f"saturates at {native:.4g} requests/s ({native:.4g} with 6, " in str(caught.value)
+
+
+def test_answers_of_one_token_have_no_gaps():
+    metrics = predict(H100, LITE, Deployment(), work(output_tokens=1, rate=1.0)).metrics
+    assert math.isnan(metrics.tpot.p50)
+    assert math.isnan(metrics.itl.p99)
+    assert metrics.ttft.p50 > 0
+
+
+def test_a_closed_loop_that_outpaces_its_clients_is_told():
+    """One client with long prompts waits longer in the front end than the engine takes."""
+    short = work(concurrency=64), work(4096, 16, concurrency=1)
+    few, one = (predict(H100, LITE, Deployment(), load) for load in short)
+    assert not any("front end" in note for note in few.notes)
+    assert one.metrics.requests_per_s * one.metrics.e2e.mean > 1.03
+    assert any("clients divided by end-to-end time" in note for note in one.notes)
 
 
 def test_a_model_that_does_not_fit_says_in_one_line_what_would():

@@ -317,3 +317,18 @@ def test_disaggregation_runs_from_a_file(tmp_path):
     together = as_json(write(tmp_path, SCENARIO))
     assert apart["metrics"]["tpot_s"]["p99"] < together["metrics"]["tpot_s"]["p99"]  # no prompts between tokens
     assert apart["metrics"]["requests"] == together["metrics"]["requests"]
+
+
+def test_requests_longer_than_the_models_context_are_told_and_a_run_of_nothing_else_refused(tmp_path):
+    rows = [
+        {"timestamp": 0, "input_length": n, "output_length": 5, "hash_ids": [i]} for i, n in enumerate((200_000, 300))
+    ]
+    trace = tmp_path / "long.jsonl"
+    trace.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert any(
+        "1 of 2 requests exceed the 163840 tokens" in note for note in as_json("h100", "--replay", str(trace))["notes"]
+    )
+    trace.write_text(json.dumps(rows[0]) + "\n", encoding="utf-8")
+    refused = run("h100", "--replay", str(trace))
+    assert refused.exit_code != 0
+    assert "all requests exceed" in str(refused.exception)

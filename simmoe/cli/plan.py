@@ -176,12 +176,15 @@ def _bar() -> Any:
 
 
 def _workload(rate: float, input_tokens: float, output_tokens: float, cv: float) -> Any:
+    from simmoe.errors import SpecError  # noqa: PLC0415
     from simmoe.specs import flags  # noqa: PLC0415
     from simmoe.specs.workload import Lengths  # noqa: PLC0415
 
     workload = flags.workload_from(
         None, rate=rate, concurrency=None, input_tokens=input_tokens, output_tokens=output_tokens
     )
+    if cv < 0:
+        raise SpecError(f"--cv {cv:g}: a coefficient of variation is 0 (fixed lengths) or more")
     if not cv:
         return workload
     spread = {name: Lengths(kind="lognormal", mean=getattr(workload, name).mean, cv=cv) for name in ("input", "output")}

@@ -96,7 +96,12 @@ def confirm(trial: Trial) -> Confirmation:
             trial = dataclasses.replace(trial, requests=glance)
     nominal, slow = _run(trial, 1.0, trial.requests), _run(trial, slow_factor, trial.requests)
     holds = held(trial.limits, slow)
-    low, high = (slow_factor, slow_factor * _WIDEST) if holds else (slow_factor / _WIDEST**0.5, slow_factor)
+    if holds:
+        low, high = slow_factor, slow_factor * _WIDEST
+    elif held(trial.limits, nominal):
+        low, high = min(1.0, slow_factor), slow_factor
+    else:
+        low, high = slow_factor / _WIDEST**0.5, min(1.0, slow_factor)
     for _ in range(_ROUNDS if holds else _ROUNDS_LACKING):
         middle = math.sqrt(low * high)
         good = held(trial.limits, _run(trial, middle, trial.requests))

@@ -15,8 +15,9 @@ from statistics import median
 from simmoe import quality
 from simmoe.errors import SimmoeError
 from simmoe.planning import co_located, disaggregated
+from simmoe.planning.confirm import Confirmation
 from simmoe.planning.layouts import describe
-from simmoe.planning.objective import Limit
+from simmoe.planning.objective import Limit, held
 from simmoe.planning.option import Option
 from simmoe.planning.question import Layout, Question
 from simmoe.planning.screen import screen
@@ -41,12 +42,17 @@ class Change:
 
 
 @dataclass(frozen=True)
-class _Market:
+class Market:
     """What could be bought instead, as screened and corrected by what simulation said."""
 
     plan: Plan
     layouts: tuple[Layout, ...]
     growth: float
+
+    @classmethod
+    def of(cls, plan: Plan) -> Market:
+        """The layouts a plan screened, with what its simulations said."""
+        return cls(plan, tuple(_corrected(plan)), _growth(plan))
 
     def best(self, question: Question) -> tuple[float, Option] | None:
         """(price, option): the cheapest for a question like the plan's. [USD/h]"""
@@ -54,9 +60,25 @@ class _Market:
         options = [(option.usd_per_hour, option) for option in found if option is not None]
         if question.split:
             options += [
-                (option.usd_per_hour * self.growth, option) for option in disaggregated.hopeful(self.layouts, question)
+                (option.usd_per_hour * self.growth, option)
+                for option in disaggregated.hopeful(self.layouts, question)
+                if not self.refuted(option, question)
             ]
         return min(options, key=lambda entry: (entry[0], *entry[1].rank), default=None)
+
+    def refuted(self, option: Option, question: Question) -> bool:
+        """Whether simulation turned down as many or more of these pairs of layouts."""
+        wanted = [_identity(side.layout) for side in option.sides]
+        for tried in _tried(self.plan):
+            seen = tried.confirmation
+            assert seen is not None
+            if (
+                wanted == [_identity(side.layout) for side in tried.sides]
+                and option.devices * self.growth <= tried.devices
+                and not _held(seen, question, self.plan.question)
+            ):
+                return True
+        return False
 
     def named(self, option: Option) -> str:
         """In words; of what simulation would ask more replicas of, about how many devices."""
@@ -66,11 +88,18 @@ class _Market:
         return f"about {option.devices * self.growth:.0f} x {option.offer.name}: {layouts}"
 
 
+def _held(seen: Confirmation, question: Question, simulated: Question) -> bool:
+    """Whether a simulation made for one question also answers another with yes; other limits, at its confidence."""
+    if question.limits == simulated.limits:
+        return seen.confirms(question.confidence)
+    return held(question.limits, seen.slow_metrics)
+
+
 def changes(plan: Plan) -> list[Change]:
     """Changes of the question that matter, each with the screened answer."""
     if plan.answer is None:
         return []
-    market = _Market(plan, tuple(_corrected(plan)), _growth(plan))
+    market = Market.of(plan)
     return [*_prices(plan), *_objectives(market), *_confidence(market), _load(market), *_spare(market), *_caps(market)]
 
 
@@ -139,7 +168,7 @@ def _prices(plan: Plan) -> list[Change]:
     return found
 
 
-def _objectives(market: _Market) -> list[Change]:
+def _objectives(market: Market) -> list[Change]:
     found = []
     question = market.plan.question
     for limit in question.limits:
@@ -150,7 +179,7 @@ def _objectives(market: _Market) -> list[Change]:
     return [change for change in found if change is not None]
 
 
-def _confidence(market: _Market) -> list[Change]:
+def _confidence(market: Market) -> list[Change]:
     found = []
     question = market.plan.question
     for confidence in (0.5, 0.99):
@@ -159,7 +188,7 @@ def _confidence(market: _Market) -> list[Change]:
     return [change for change in found if change is not None]
 
 
-def _load(market: _Market) -> Change:
+def _load(market: Market) -> Change:
     """The largest load the answer carries with the confidence asked for; of prefill and decode apart, at least.
 
     Apart: steps slower by f at a load are those of f times the load, and all times f times as long: what withstands f
@@ -178,7 +207,7 @@ def _load(market: _Market) -> Change:
     return Change(f"more than {most:.3g} requests/s", which, answer.usd_per_hour + more)
 
 
-def _carried(market: _Market, answer: Option) -> float:
+def _carried(market: Market, answer: Option) -> float:
     """Largest load of co-located replicas, by the grid that simulation corrected. [1/s]"""
     question = market.plan.question
     known = next((one for one in market.layouts if _identity(one) == _identity(answer.layout)), answer.layout)
@@ -194,7 +223,7 @@ def _carried(market: _Market, answer: Option) -> float:
     return low
 
 
-def _spare(market: _Market) -> list[Change]:
+def _spare(market: Market) -> list[Change]:
     question, answer = market.plan.question, market.plan.answer
     if question.spares:
         return []
@@ -207,7 +236,7 @@ def _spare(market: _Market) -> list[Change]:
     return [Change("one spare replica" + (" of each kind" if answer.split else ""), name, price)]
 
 
-def _caps(market: _Market) -> list[Change]:
+def _caps(market: Market) -> list[Change]:
     """The answer's layouts with fewer active experts; quality falls, see `simmoe.quality`."""
     answer, question = market.plan.answer, market.plan.question
     assert answer is not None
@@ -242,7 +271,7 @@ def _caps(market: _Market) -> list[Change]:
     return found
 
 
-def _capped(layout: Layout, cap: int, market: _Market) -> Layout:
+def _capped(layout: Layout, cap: int, market: Market) -> Layout:
     """A layout with fewer active experts, with what simulation said of it with all."""
     question = market.plan.question
     replica = layout.replica.vary(active_experts=cap)
@@ -251,7 +280,7 @@ def _capped(layout: Layout, cap: int, market: _Market) -> Layout:
     return replace(layout, replica=replica, grid=replace(grid, correction=known.grid.correction))
 
 
-def _asked(market: _Market, change: str, question: Question, *, tighter: bool) -> Change | None:
+def _asked(market: Market, change: str, question: Question, *, tighter: bool) -> Change | None:
     found = market.best(question)
     if found is None:
         return Change(change, "nothing holds it")

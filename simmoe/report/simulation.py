@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -11,8 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from simmoe import units
-from simmoe.metrics import Quantiles
-from simmoe.report.text import metrics_json, metrics_table
+from simmoe.report.text import metrics_json, metrics_table, pair, without_nan
 from simmoe.simulation import Simulated
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.traces import offered_per_s
@@ -108,7 +106,7 @@ def _stages(result: Simulated) -> Table:
             str(stage.requests),
             f"{stage.arrivals_per_s:.4g}",
             f"{stage.output_tokens_per_s:,.0f}",
-            *(_pair(q) for q in (stage.ttft, stage.tpot)),
+            *(pair(q) for q in (stage.ttft, stage.tpot)),
         )
     return found
 
@@ -117,10 +115,6 @@ def _rate(value: float) -> str:
     """A bound on a rate; of few batches an interval reaches below 0, where no rate is."""
     value = max(0.0, value)
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
-
-
-def _pair(q: Quantiles) -> str:
-    return "-" if math.isnan(q.p50) else f"{units.text(q.p50, 's')} / {units.text(q.p99, 's')}"
 
 
 def to_json(result: Simulated) -> dict[str, Any]:
@@ -154,7 +148,7 @@ def to_json(result: Simulated) -> dict[str, Any]:
         "notes": [*result.overloads, *result.notes],
         "provenance": dataclasses.asdict(result.provenance),
     }
-    cleaned: dict[str, Any] = _without_nan(plain)
+    cleaned: dict[str, Any] = without_nan(plain)
     return cleaned
 
 
@@ -167,12 +161,3 @@ def _stage_json(stage: Any) -> dict[str, Any]:
 
 def _plain(column: Any) -> list[float]:
     return [float(x) for x in column]
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no nan: what is not defined becomes null."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -148,7 +148,7 @@ def _caps(predictions: Sequence[Prediction]) -> Table:
         if open_loop:
             cells.append(f"{p.saturation_output_tokens_per_s:,.0f}")
         if p.metrics:
-            cells += [_pair(p.metrics.ttft), _pair(p.metrics.tpot)]
+            cells += [pair(p.metrics.ttft), pair(p.metrics.tpot)]
         else:
             cells += ["grows", "-"]
         cells += [_gb(p.memory_used_bytes), p.bound]
@@ -172,8 +172,18 @@ def _gain(p: Prediction, predictions: Sequence[Prediction]) -> float | None:
     return p.saturation_output_tokens_per_s / base.saturation_output_tokens_per_s - 1
 
 
-def _pair(q: Quantiles) -> str:
-    return f"{units.text(q.p50, 's')} / {units.text(q.p99, 's')}"
+def pair(q: Quantiles) -> str:
+    """Median and 99th percentile; a dash where there are none."""
+    return "-" if math.isnan(q.p50) else f"{units.text(q.p50, 's')} / {units.text(q.p99, 's')}"
+
+
+def without_nan(value: Any) -> Any:
+    """JSON has no nan: what is not defined becomes null."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _gb(value: float) -> str:
@@ -253,7 +263,8 @@ def metrics_json(metrics: ServingMetrics) -> dict[str, Any]:
     plain = dataclasses.asdict(metrics)
     for name in ("ttft", "tpot", "itl", "e2e"):
         plain[f"{name}_s"] = plain.pop(name)
-    return plain
+    cleaned: dict[str, Any] = without_nan(plain)
+    return cleaned
 
 
 def metrics_table(metrics: ServingMetrics) -> Table:

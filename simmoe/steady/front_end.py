@@ -4,8 +4,9 @@ Model: a constant, a share per request being served, for the front end's event l
 share per token of the prompt.
 Delays the first token and the end; gaps between tokens at the engine and throughput stay. In closed form one delay
 holds for all requests; a simulation counts who runs when a request's first and last token come.
-Left out: saturation of the front end, start-up costs of the first requests; clients of a closed loop who wait here
-count as in the engine. Estimated by `simmoe.calibrate.engines`, see simmoe/specs/engines.yaml.
+Left out: saturation of the front end, start-up costs of the first requests. In a closed loop this time is not in a
+client's cycle, as engine times were fitted to runs so read; `outpaced` says where that matters. Estimated by
+`simmoe.calibrate.engines`, see simmoe/specs/engines.yaml.
 """
 
 from __future__ import annotations
@@ -17,8 +18,12 @@ from numpy.typing import NDArray
 
 from simmoe.metrics import Quantiles, RequestTable, ServingMetrics, StepLog
 from simmoe.specs.engines import EngineParameters
+from simmoe.specs.workload import Workload
 
 Array = NDArray[np.float64]
+
+#: How much more than that is told in a note. [-]
+_OUTPACED = 1.03
 
 
 def front_end_s(parameters: EngineParameters, running: float, input_tokens: float) -> float:
@@ -38,6 +43,20 @@ def delayed(metrics: ServingMetrics, parameters: EngineParameters, input_tokens:
         return replace(q, mean=q.mean + delay, p50=q.p50 + delay, p90=q.p90 + delay, p99=q.p99 + delay)
 
     return replace(metrics, ttft=later(metrics.ttft), e2e=later(metrics.e2e))
+
+
+def outpaced(metrics: ServingMetrics, workload: Workload) -> tuple[str, ...]:
+    """A note where closed-loop clients with the front end in their cycle cannot ask for so many requests."""
+    if workload.concurrency is None:
+        return ()
+    most = workload.concurrency / (metrics.e2e.mean + workload.think_time)
+    if metrics.requests_per_s <= _OUTPACED * most:
+        return ()
+    note = (
+        "closed loop: the front end's time is in TTFT and end-to-end time, not in a client's cycle, which matters "
+        "here: clients divided by end-to-end time is the better estimate of requests per second"
+    )
+    return (note,)
 
 
 def at_client(
