@@ -2,7 +2,7 @@
 
 Model: a count is described by mean and variance alone and taken as binomial, Poisson or negative binomial, whichever
 has that variance. Its distribution function is exact at 0 and 1 and the Peizer-Pratt normal approximation above: within
-0.0003 of the binomial for chances below 0.25, 0.005 at any chance, 1e-5 from a mean of 30 on.
+0.0003 of the binomial for chances below 0.2, 0.005 at any chance, 1e-5 from a mean of 30 on.
 Left out: dependence between counts. A fixed total is honoured by the caller, which widens the variances (see
 `expected_maximum`). Checked against scipy and against drawn routings in tests/test_routing_counts.py.
 """
