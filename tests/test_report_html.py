@@ -94,6 +94,13 @@ def test_a_plan_without_an_answer_says_so(tmp_path):
     assert "No answer." in page and "does NOT hold" in page
 
 
+def test_answers_of_one_token_have_a_page_with_a_dash_for_their_tpot(tmp_path):
+    page = page_of(
+        tmp_path, result("predict", "h100", "--rate", "4", "--output", "1", "--active-experts", "6", "--json")
+    )
+    assert "<td>-</td>" in page.replace(' class="n"', "")
+
+
 def test_pictures_are_written_beside(tmp_path):
     (tmp_path / "r.json").write_text(result("predict", "h100", "--json"))
     written = html_report.write(tmp_path / "r.json", tmp_path / "r.html", pictures=tmp_path / "png")

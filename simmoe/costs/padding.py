@@ -42,11 +42,6 @@ def einsum_s(times: KernelTimes, tokens: Array, slots_total: Array, hidden: floa
     return product(slots_total, tokens) + product(tokens, slots_total) + mask
 
 
-def mask_bytes(tokens: float, num_experts: int, slots: float) -> float:
-    """Memory of the dispatch mask and gate weights of one layer, S x E x C. [B]"""
-    return tokens * num_experts * slots * (4 + 2)
-
-
 def loop_s(
     times: KernelTimes, load: ExpertLoad, hidden: float, inter: float, matrices: int, form: Format, launch_s: float
 ) -> Array:

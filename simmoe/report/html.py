@@ -240,6 +240,11 @@ def _options(page: Page, data: Mapping[str, Any]) -> None:
     page.text("Rejected: cheaper or equal in price, liked by screening, turned down by simulation.")
 
 
+def _time(seconds: float | None) -> str:
+    """In words; a dash where there is none, as TPOT of answers of one token."""
+    return "-" if seconds is None else units.text(seconds, "s")
+
+
 def _prediction_page(data: Mapping[str, Any]) -> tuple[str, Figures]:
     hardware, model = load.load_hardware(data["hardware"]), load.load_model(data["model"])
     deployment, workload = _deployment(data["deployment"]), _workload(data["workload"])
@@ -249,9 +254,7 @@ def _prediction_page(data: Mapping[str, Any]) -> tuple[str, Figures]:
         low, high = p["output_tokens_per_s_interval_90"]
         m = p["metrics"]
         latency = (
-            [units.text(m[name][q], "s") for name in ("ttft_s", "tpot_s", "e2e_s") for q in ("p50", "p99")]
-            if m
-            else ["-"] * 6
+            [_time(m[name][q]) for name in ("ttft_s", "tpot_s", "e2e_s") for q in ("p50", "p99")] if m else ["-"] * 6
         )
         rate = f"{m['output_tokens_per_s']:,.0f}" if m else "saturated"
         rows.append(
