@@ -9,7 +9,8 @@ import pytest
 from simmoe.errors import SpecError
 from simmoe.sim.arrivals import Streams, arrival_ticks, shapes
 from simmoe.sim.ticks import S_PER_TICK
-from simmoe.specs.traces import READERS, read_trace, workload_of
+from simmoe.specs.trace_formats import READERS
+from simmoe.specs.traces import read_trace, workload_of
 from simmoe.specs.workload import Arrivals, TraceReplay
 
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens

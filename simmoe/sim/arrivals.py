@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from simmoe.sim.ticks import TICKS_PER_S, to_ticks
-from simmoe.specs.traces import Segments, Trace, read_trace
+from simmoe.specs.trace_formats import Segments, Trace
+from simmoe.specs.traces import read_trace
 from simmoe.specs.workload import Arrivals, Lengths, Prompts, Workload
 
 _CHUNK = 2048  # draws at a time: numpy's cost per call is spread, memory stays flat

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from simmoe.sim.host_memory import HostMemory
 from simmoe.sim.kv_cache import BlockPool
 from simmoe.sim.segments import Node, Run, add, split
-from simmoe.specs.traces import Segments
+from simmoe.specs.trace_formats import Segments
 
 Path = list[tuple[Node, int]]
 """A prompt as segments, and how many blocks of each it has."""

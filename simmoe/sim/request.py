@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from simmoe.sim.prefix_cache import Held, Path
-from simmoe.specs.traces import Segments
+from simmoe.specs.trace_formats import Segments
 
 
 class Request:

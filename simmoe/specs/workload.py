@@ -144,14 +144,16 @@ class Prompts(Spec):
 
 
 class TraceReplay(Spec):
-    """Recorded requests to play again; formats are in `simmoe.specs.traces`.
+    """Recorded requests to play again; formats are in `simmoe.specs.trace_formats`.
 
     Arrivals are the trace's, ``speed`` times as fast, unless the workload has a rate or a concurrency of its own:
     then only lengths and prompts are the trace's, used again from the start after the last.
     """
 
     path: str
-    format: str | None = Field(default=None, description="Name in simmoe.specs.traces.READERS; None: by its contents.")
+    format: str | None = Field(
+        default=None, description="Name in simmoe.specs.trace_formats.READERS; None: by its contents."
+    )
     speed: float = Field(default=1.0, gt=0, description="Recorded time over replayed time. [-]")
     limit: int | None = Field(default=None, ge=1, description="Only this many first requests.")
     group_prompts: int = Field(default=1, ge=1, description="As many prompt_ids in a row have a head in common.")
