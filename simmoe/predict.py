@@ -13,7 +13,8 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from simmoe.costs.memory import MemoryFootprint, footprint
+from simmoe.costs.device_fit import footprint
+from simmoe.costs.memory import MemoryFootprint
 from simmoe.engine.engine import Engine
 from simmoe.engine.step import Batch, StepBreakdown, StepTable
 from simmoe.engine.tabulate import step_table

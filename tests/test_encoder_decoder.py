@@ -5,7 +5,8 @@ import pytest
 from typer.testing import CliRunner
 
 from simmoe.cli.main import app
-from simmoe.costs.memory import check_layout, kv_bytes_per_token, weights_per_device_bytes
+from simmoe.costs.layout import check_layout
+from simmoe.costs.memory import kv_bytes_per_token, weights_per_device_bytes
 from simmoe.costs.work import parameters
 from simmoe.engine.engine import Engine
 from simmoe.engine.step import Batch

@@ -244,7 +244,7 @@ def test_table_covers_what_the_deployment_allows():
         ("deepseek-v2-lite", {"active_experts": 7}, "active_experts 7 exceeds the top-6 routing"),
         ("deepseek-v2-lite", {"total_experts": 65}, "exceeds the 64 experts"),
         ("deepseek-v2-lite", {"total_experts": 4, "active_experts": 6}, "exceeds the pool of 4"),
-        ("deepseek-v2-lite", {"gpus": 4, "tp": 4, "ep": 4, "total_experts": 62}, "does not divide the pool of 62"),
+        ("deepseek-v2-lite", {"gpus": 4, "tp": 4, "ep": 4, "total_experts": 62}, "does not divide the 62 experts"),
         ("llama-3.1-8b", {"active_experts": 1}, "is dense"),
     ],
 )

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simmoe.costs.memory import footprint, weights_per_device_bytes
+from simmoe.costs.device_fit import footprint
+from simmoe.costs.memory import weights_per_device_bytes
 from simmoe.engine.engine import Engine
 from simmoe.engine.step import Batch
 from simmoe.errors import CapacityError

@@ -7,15 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from simmoe.costs.device_fit import footprint, smallest_that_fits
+from simmoe.costs.layout import check_layout
 from simmoe.costs.memory import (
-    check_layout,
-    footprint,
     kv_bytes_per_request,
     kv_bytes_per_token,
-    kv_capacity_tokens,
     model_bytes,
-    smallest_that_fits,
     weights_per_device_bytes,
+    workspace_bytes,
 )
 from simmoe.costs.work import parameters
 from simmoe.errors import CapacityError, SpecError
@@ -101,8 +100,9 @@ def test_windowed_layers_stop_growing_at_their_window():
     per_token = kv_bytes_per_token(model, d)
     assert kv_bytes_per_request(model, d, 100) == 100 * per_token
     assert kv_bytes_per_request(model, d, 10_128) == pytest.approx(per_token * (10_128 + 128) / 2)
-    plain = kv_capacity_tokens(model, d, H100)
-    assert kv_capacity_tokens(model, d, H100, context_tokens=8192) == pytest.approx(plain * 8192 * 2 / 8320, rel=1e-3)
+    plain = footprint(model, d, H100).kv_tokens
+    windowed = footprint(model, d, H100, context_tokens=8192).kv_tokens
+    assert windowed == pytest.approx(plain * 8192 * 2 / 8320, rel=1e-3)
 
 
 def test_kv_capacity_is_within_3_percent_of_what_vllm_logged():
@@ -121,7 +121,7 @@ def test_kv_capacity_is_within_3_percent_of_what_vllm_logged():
             max_num_seqs=int(float(seqs)),
             max_num_batched_tokens=int(float(tokens)),
         )
-        errors[tuple(key)] = kv_capacity_tokens(load_model(model), d, load_hardware(gpu)) / (blocks * 16) - 1
+        errors[tuple(key)] = footprint(load_model(model), d, load_hardware(gpu)).kv_tokens / (blocks * 16) - 1
     assert len(errors) >= 7
     assert max(abs(error) for error in errors.values()) < 0.03
 
@@ -237,3 +237,9 @@ def test_a_device_never_holds_more_when_more_share_the_model(few, many):
     if few <= many:
         held = [weights_per_device_bytes(V3, Deployment(gpus=n, tp=n)) for n in (few, many)]
         assert held[1] <= held[0]
+
+
+def test_a_pool_smaller_than_top_k_needs_rows_for_no_more_experts_than_it_has():
+    d = Deployment(max_num_batched_tokens=16384)
+    few = workspace_bytes(LITE, d.vary(total_experts=3))
+    assert few == workspace_bytes(LITE, d.vary(active_experts=3)) < workspace_bytes(LITE, d)

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simmoe.costs import pipeline
-from simmoe.costs.memory import footprint, kv_bytes_per_token, weights_per_device_bytes
+from simmoe.costs.device_fit import footprint
+from simmoe.costs.memory import kv_bytes_per_token, weights_per_device_bytes
 from simmoe.engine.engine import Engine
 from simmoe.engine.step import Batch
 from simmoe.engine.tabulate import step_table

@@ -14,7 +14,8 @@ from test_sim import constant_steps
 from typer.testing import CliRunner
 
 from simmoe.cli.main import app
-from simmoe.costs.memory import footprint, kv_bytes_per_token, weights_per_device_bytes
+from simmoe.costs.device_fit import footprint
+from simmoe.costs.memory import kv_bytes_per_token, weights_per_device_bytes
 from simmoe.engine.engine import Engine
 from simmoe.engine.step import Batch
 from simmoe.engine.tabulate import step_table

@@ -1,4 +1,4 @@
-"""What fits: weights, workspace and KV cache of one device, and the smallest deployment that holds a model.
+"""Memory of one device: weights, workspace and KV cache. Whether that fits is asked in `costs.device_fit`.
 
 Model: weights follow exactly from shapes, layout and number formats. The engine may use ``memory_fraction`` of the
 device; what weights and workspace leave of it is the KV cache. The workspace is an estimate (see `workspace_bytes`).
@@ -10,15 +10,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from simmoe.costs.layout import active_and_pool
 from simmoe.costs.pipeline import Stage, stages
 from simmoe.costs.precision import precision_of
 from simmoe.costs.speculation import drafter, projection_parameters
 from simmoe.costs.work import kv_elements_per_token, parameters
-from simmoe.errors import CapacityError, SpecError
 from simmoe.specs.deployment import BYTES_PER_ELEMENT, Deployment
 from simmoe.specs.hardware import Hardware
 from simmoe.specs.model import Model
-from simmoe.units import text
 
 #: Held by the CUDA context and loaded kernels [B]; assumption, as commonly seen in nvidia-smi on an idle process.
 CONTEXT_BYTES = 0.5e9
@@ -87,7 +86,7 @@ def _stage_bytes(model: Model, d: Deployment, stage: Stage) -> float:
         passing = 2 * experts_held if d.offload.policy == "stream" else OFFLOAD_BUFFER_EXPERTS
         resident = d.offload.cached_experts / (d.expert_slices if d.ep > 1 else tp)
         experts_held = min(experts_held, resident + passing / max(moe_layers, 1))
-    shared = count.shared_layer / (1 if _exchanges_tokens(d) else tp)
+    shared = count.shared_layer / (1 if d.exchanges_tokens else tp)
     norms = layers * count.norms_layer + stage.samples * count.final_norm
     plain_elements = norms + moe_layers * count.router_layer
     # a head that shares the embedding's table needs it in the last stage too
@@ -112,10 +111,6 @@ def _stage_bytes(model: Model, d: Deployment, stage: Stage) -> float:
     )
 
 
-def _exchanges_tokens(deployment: Deployment) -> bool:
-    return deployment.ep > 1 and deployment.dp > 1
-
-
 def model_bytes(model: Model, deployment: Deployment) -> float:
     """Weights of one copy of the whole model in the deployment's number formats. [B]"""
     whole = deployment.vary(gpus=1, tp=1, ep=1, dp=1, pp=1, speculative=None)
@@ -138,7 +133,7 @@ def workspace_bytes(model: Model, deployment: Deployment) -> float:
     attention_rows = 2 * tokens * heads * (a.head_dim + a.v_head_dim)
     ffn_rows = 3 * tokens * model.dense_inter_size / tp
     if (e := model.experts) is not None:
-        k = min(d.active_experts or e.top_k, e.top_k)
+        k, _ = active_and_pool(model, d)
         slices = 1 if d.ep > 1 else tp
         rows = tokens * k * (d.dp if d.ep > 1 else 1) / max(1, d.ep)
         if d.dispatch.capped:
@@ -187,75 +182,14 @@ def kv_bytes_per_request(model: Model, deployment: Deployment, context_tokens: f
     return per_token * ((1 - windowed) * context_tokens + windowed * min(context_tokens, float(a.sliding_window)))
 
 
-def check_layout(model: Model, deployment: Deployment) -> None:
-    """Refuse a layout that cannot be cut: SpecError names the key."""
-    a, tp = model.attention, deployment.tp_size
-    if a.heads % tp:
-        fits = ", ".join(str(n) for n in range(1, a.heads + 1) if a.heads % n == 0 and n <= 64)
-        raise SpecError(f"tp {tp} does not divide the {a.heads} heads of {model.name}; tp may be {fits}")
-    if (found := drafter(model, deployment)) is not None and found[0].attention.heads % tp:
-        raise SpecError(f"tp {tp} does not divide the {found[0].attention.heads} heads of {found[0].name}")
-    if model.encoder is not None and deployment.pp > 1:
-        raise SpecError(f"pp {deployment.pp}: {model.name} has an encoder; pipelines of two stacks are not modelled")
-    if model.encoder is not None and found is not None:
-        raise SpecError(f"speculation: {model.name} has an encoder; drafting behind one is not modelled")
-    if deployment.pp > model.layers:
-        raise SpecError(f"pp {deployment.pp} exceeds the {model.layers} layers of {model.name}")
-    experts = model.experts
-    if experts is None and deployment.ep > 1:
-        raise SpecError(f"ep {deployment.ep}: {model.name} has no experts; leave ep at 1")
-    if experts is not None:
-        pool = deployment.total_experts or experts.num_experts
-        cap = deployment.active_experts or min(experts.top_k, pool)
-        if pool > experts.num_experts:
-            raise SpecError(f"total_experts {pool} exceeds the {experts.num_experts} experts of {model.name}")
-        if cap > min(experts.top_k, pool):
-            raise SpecError(
-                f"active_experts {cap} exceeds the top-{experts.top_k} routing of {model.name} over {pool} experts; "
-                f"a cap may be 1 to {min(experts.top_k, pool)}"
-            )
-        slots = pool + deployment.routing.redundant_experts
-        if slots % deployment.ep:
-            copies = f" and {slots - pool} copies" if slots > pool else ""
-            raise SpecError(f"ep {deployment.ep} does not divide the {pool} experts{copies} of {model.name}")
-
-
-def footprint(
-    model: Model, deployment: Deployment, hardware: Hardware, *, context_tokens: float | None = None
+def counted(
+    model: Model, deployment: Deployment, hardware: Hardware, context_tokens: float | None = None
 ) -> MemoryFootprint:
-    """Memory of a deployment on a device.
+    """Memory of a deployment on a device, whether it fits or not: then ``kv_tokens`` is 0.
 
-    Parameters
-    ----------
-    model, deployment, hardware : what is laid out on what.
-    context_tokens : typical tokens of a request in cache; with it, windowed layers are counted at their window.
-        None: every layer keeps every token.
-
-    Raises
-    ------
-    CapacityError
-        If weights and workspace leave no room for one KV block (with ``context_tokens``: for one such request), in
-        one line with the smallest count of this device that does fit.
-    SpecError
-        If the layout cannot be cut.
+    ``context_tokens``: typical tokens of a request in cache; with it, windowed layers are counted at their window.
+    None: every layer keeps every token.
     """
-    check_layout(model, deployment)
-    result = _footprint(model, deployment, hardware, context_tokens)
-    if result.kv_tokens_per_rank < max(1.0, context_tokens or 0.0):
-        raise CapacityError(_does_not_fit(model, deployment, hardware, result, context_tokens))
-    return result
-
-
-def kv_capacity_tokens(
-    model: Model, deployment: Deployment, hardware: Hardware, *, context_tokens: float | None = None
-) -> int:
-    """Tokens the KV caches of one replica hold, over its data-parallel ranks. Raises as `footprint`. [tokens]"""
-    return footprint(model, deployment, hardware, context_tokens=context_tokens).kv_tokens
-
-
-def _footprint(
-    model: Model, deployment: Deployment, hardware: Hardware, context_tokens: float | None
-) -> MemoryFootprint:
     d = deployment
     weights, workspace = weights_per_device_bytes(model, d), workspace_bytes(model, d)
     usable = hardware.device.memory * d.memory_fraction
@@ -283,90 +217,3 @@ def _footprint(
         kv_tokens_per_rank=tokens,
         kv_tokens=tokens * d.dp,
     )
-
-
-def smallest_that_fits(
-    model: Model, deployment: Deployment, hardware: Hardware, *, context_tokens: float | None = None
-) -> Deployment | None:
-    """The fewest devices (1, 2, 4 ... 1024) that hold the model with room for KV, formats and limits unchanged.
-
-    Within a scale-up domain tensor parallelism is tried first; beyond it MoE models go wide (data-parallel attention,
-    experts over all devices) and dense ones into pipeline stages. None if nothing fits.
-    """
-    for gpus in (2**n for n in range(11)):
-        layouts = (
-            {"tp": tp, **spread}
-            for tp in (2**n for n in range(7, -1, -1))
-            if tp <= min(gpus, hardware.devices_per_node) and gpus % tp == 0
-            for spread in _spreads(model, gpus, gpus // tp)
-            if deployment.speculative is None or spread["pp"] == 1
-        )
-        for layout in layouts:
-            candidate = deployment.vary(gpus=gpus, **layout)
-            try:
-                check_layout(model, candidate)
-            except SpecError:
-                continue
-            if _footprint(model, candidate, hardware, context_tokens).kv_tokens_per_rank >= max(1, context_tokens or 0):
-                return candidate
-    return None
-
-
-def _spreads(model: Model, gpus: int, groups: int) -> tuple[dict[str, int], ...]:
-    if groups == 1:
-        return ({"ep": 1, "dp": 1, "pp": 1},)
-    wide = {"ep": gpus, "dp": groups, "pp": 1}
-    staged = {"ep": 1, "dp": 1, "pp": groups}
-    return (wide, staged) if model.experts else (staged,)
-
-
-def _does_not_fit(
-    model: Model, deployment: Deployment, hardware: Hardware, found: MemoryFootprint, context_tokens: float | None
-) -> str:
-    d, device = deployment, hardware.name
-    precision = d.weight_precision or model.native_precision
-    short = found.weights + found.workspace - found.usable
-    n = d.devices_per_replica
-    fullest = f", {text(found.weights, 'B')} of them on the fullest of {n} devices" if n > 1 else ""
-    if drafter(model, d) is not None:
-        fullest += (
-            f", {text(found.weights - weights_per_device_bytes(model, d.vary(speculative=None)), 'B')} there to draft"
-        )
-    copies = f" with {d.routing.redundant_experts} redundant experts" if d.routing.redundant_experts else ""
-    problem = (
-        f"{model.name} in {precision}{copies} needs {text(model_bytes(model, d), 'B')} of weights{fullest}; with "
-        f"{text(found.workspace, 'B')} of workspace, {'each' if n > 1 else '1 x'} {device} holds "
-        f"{text(found.usable, 'B')}"
-    )
-    if short > 0:
-        problem += f" ({text(short, 'B')} short)"
-    elif context_tokens:
-        if d.kv_blocks is not None:
-            return (
-                f"kv_blocks {d.kv_blocks} of {d.kv_block_size} tokens hold {found.kv_tokens_per_rank} where "
-                f"{context_tokens:.0f} are asked for; raise kv_blocks, or leave it out for what memory leaves"
-            )
-        problem += f", leaving KV cache for {found.kv_tokens_per_rank} tokens where {context_tokens:.0f} are asked for"
-    narrow = _narrower_that_fits(model, d, hardware, context_tokens)
-    best = smallest_that_fits(model, d, hardware, context_tokens=context_tokens)
-    if best is None:
-        remedy = f"as laid out it fits in {narrow}" if narrow else "try a narrower weight_precision"
-        return f"{problem}. No layout of up to 1024 of them fits; {remedy}"
-    options = [f"--gpus {best.gpus}", f"--tp {best.tp_size}"]
-    options += [f"--{name} {value}" for name in ("dp", "ep", "pp") if (value := getattr(best, name)) > 1]
-    else_narrow = f"; as laid out, --precision {narrow}" if narrow else ""
-    return f"{problem}. Smallest that fits: {best.gpus} x {device} ({' '.join(options)}){else_narrow}"
-
-
-def _narrower_that_fits(
-    model: Model, deployment: Deployment, hardware: Hardware, context_tokens: float | None
-) -> str | None:
-    """The widest of the usual quantised formats in which the deployment fits as it is laid out; None: none does."""
-    now = precision_of(model, deployment).experts.weight_bytes
-    for name in ("fp8" if hardware.device.peak.fp8 else "int8", "int4"):
-        candidate = deployment.vary(weight_precision=name)
-        if precision_of(model, candidate).experts.weight_bytes < now:
-            tokens = _footprint(model, candidate, hardware, context_tokens).kv_tokens_per_rank
-            if tokens >= max(1.0, context_tokens or 0.0):
-                return name
-    return None

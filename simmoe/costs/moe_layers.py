@@ -95,7 +95,7 @@ class MoeLayers:
     @property
     def exchanges_tokens(self) -> bool:
         """Whether experts are spread over data-parallel ranks, so that tokens travel."""
-        return self.deployment.ep > 1 and self.deployment.dp > 1
+        return self.deployment.exchanges_tokens
 
     @property
     def nodes(self) -> int:

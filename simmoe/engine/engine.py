@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from simmoe.costs import overlap, pipeline
 from simmoe.costs.attention_layers import AttentionLayers
+from simmoe.costs.layout import active_and_pool
 from simmoe.costs.moe_layers import MoeLayers
 from simmoe.costs.operators import allreduce, elementwise, gemm, host_glue
 from simmoe.costs.operators.host import is_host
@@ -28,7 +29,6 @@ from simmoe.costs.speculation import Drafts, drafter
 from simmoe.costs.timing import KernelTimes, kernel_times
 from simmoe.engine.matrices import Matrix, cross_keys, cross_queries, token_matrices
 from simmoe.engine.step import UNFITTED_LOG_SIGMA, Batch, StepBreakdown, spread
-from simmoe.errors import SpecError
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.engines import EngineParameters, engine_kernels, engine_parameters
 from simmoe.specs.hardware import Hardware
@@ -72,7 +72,7 @@ class Engine:
         self.times = times if times is not None else kernel_times(hardware, deployment.engine, known)
         self.inclusion = inclusion
         self.precision: Precision = precision_of(model, deployment)
-        self.top_k, self.num_experts = _active(model, deployment)
+        self.top_k, self.num_experts = active_and_pool(model, deployment)
         self.sigma: dict[str, float | Array] = {}
         self._given = parameters
         self.width = deployment.rows_per_decode
@@ -128,8 +128,7 @@ class Engine:
             many as stages.
         """
         d, m = self.deployment, self.model
-        exchanges = self.moe is not None and self.moe.exchanges_tokens
-        halves = 2 if exchanges and d.exchange.overlap == "two_batch" else 1
+        halves = 2 if self._exchanges_tokens and d.exchange.overlap == "two_batch" else 1
         cut = d.dp * (micro_batches or d.pp) * halves
         local = np.maximum(np.ceil(np.asarray(tokens, dtype=np.float64) / cut), 1.0)
         parts = self._gemms(self._matrices(), local)
@@ -216,7 +215,7 @@ class Engine:
     @property
     def _exchanges_tokens(self) -> bool:
         """Experts spread over data-parallel ranks: tokens travel (dispatch, combine) instead of being reduced."""
-        return self.model.experts is not None and self.deployment.ep > 1 and self.deployment.dp > 1
+        return self.model.experts is not None and self.deployment.exchanges_tokens
 
     def _all_reduce(self, message_bytes: Array) -> Array:
         features = allreduce.features_of(message_bytes, self.deployment.tp_size)
@@ -412,23 +411,3 @@ class Engine:
         chunks = (tokens - decoding * self.width) / np.maximum(chunk, 1.0) / self.deployment.dp
         decode = self.decode_attention(decoding, np.full(tokens.shape, mean_context))
         return np.asarray(decode + chunks * self.prefill_attention(chunk, np.zeros(1)), dtype=np.float64)
-
-
-def _active(model: Model, deployment: Deployment) -> tuple[int, int]:
-    """Active experts per token and size of the pool, after cap and pruning."""
-    if model.experts is None:
-        if deployment.active_experts or deployment.total_experts:
-            raise SpecError(f"{model.name} is dense; active_experts and total_experts do not apply")
-        return 0, 0
-    e = model.experts
-    pool = deployment.total_experts or e.num_experts
-    if pool > e.num_experts:
-        raise SpecError(f"total_experts {pool} exceeds the {e.num_experts} experts of {model.name}")
-    cap = deployment.active_experts or min(e.top_k, pool)
-    if cap > e.top_k:
-        raise SpecError(f"active_experts {cap} exceeds the top-{e.top_k} routing of {model.name}; give 1..{e.top_k}")
-    if cap > pool:
-        raise SpecError(f"active_experts {cap} exceeds the pool of {pool} experts")
-    if (pool + deployment.routing.redundant_experts) % max(deployment.ep, 1):
-        raise SpecError(f"ep {deployment.ep} does not divide the pool of {pool} experts and their copies")
-    return cap, pool

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from simmoe.costs.memory import smallest_that_fits
+from simmoe.costs.device_fit import smallest_that_fits
 from simmoe.errors import CapacityError, SaturationError, SpecError
 from simmoe.planning.layouts import describe
 from simmoe.predict import Prediction, predict

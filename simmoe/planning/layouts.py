@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from simmoe.costs.memory import check_layout, footprint
+from simmoe.costs.device_fit import footprint
+from simmoe.costs.layout import check_layout
 from simmoe.errors import CapacityError, SpecError
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.hardware import Hardware

@@ -114,6 +114,11 @@ class Deployment(Spec):
         return self.tp_size * self.dp * self.pp
 
     @property
+    def exchanges_tokens(self) -> bool:
+        """Whether experts are spread over data-parallel ranks, so that tokens travel (dispatch, combine)."""
+        return self.ep > 1 and self.dp > 1
+
+    @property
     def rows_per_decode(self) -> int:
         """Tokens a decoding request brings to a step: one, and the drafts it verifies."""
         return 1 + (self.speculative.draft_tokens if self.speculative else 0)

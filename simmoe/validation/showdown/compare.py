@@ -22,7 +22,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from simmoe.costs.memory import footprint
+from simmoe.costs.device_fit import footprint
 from simmoe.engine.engine import Engine
 from simmoe.engine.tabulate import step_table
 from simmoe.errors import CapacityError, SimmoeError

@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from simmoe.costs.memory import check_layout, kv_bytes_per_token
+from simmoe.costs.layout import check_layout
+from simmoe.costs.memory import kv_bytes_per_token
 from simmoe.errors import MeasurementError, SimmoeError, SpecError
 from simmoe.specs import problems
 from simmoe.specs.deployment import Deployment
