@@ -1,4 +1,4 @@
-"""Statistics of a simulation run: warm-up, confidence intervals, quantiles of values never listed one by one.
+"""Statistics of runs and predictions: warm-up, intervals, quantiles of values never listed one by one.
 
 Models: batch means (Law, "Simulation Modeling and Analysis", 5th ed., 2015, sec. 9.5.3); MSER-5 (White, Cobb and
 Spratt, "A comparison of five steady-state truncation heuristics for simulation", Winter Simulation Conference 2000).
@@ -18,6 +18,8 @@ Array = NDArray[np.float64]
 BATCHES = 20
 T_95_19 = 1.7291328
 """95th percentile of Student's t with 19 degrees of freedom, for a two-sided 90 % interval over 20 batches."""
+Z_95 = 1.6449
+"""95th percentile of the normal distribution, for a two-sided 90 % interval."""
 
 _SORT_AT_ONCE = 1 << 14
 
@@ -28,6 +30,12 @@ def batch_means_interval(values: Array) -> tuple[float, float] | None:
     if size < 2:
         return None
     return mean_interval(values[-size * BATCHES :].reshape(BATCHES, size).mean(axis=1))
+
+
+def log_normal_interval(value: float, log_sigma: float) -> tuple[float, float]:
+    """90 % interval of what ``value`` predicts, the logarithm of their ratio being normal with this spread."""
+    factor = math.exp(Z_95 * log_sigma)
+    return value / factor, value * factor
 
 
 def mean_interval(means: Array) -> tuple[float, float]:

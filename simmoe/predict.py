@@ -6,7 +6,6 @@ residual spread of the kernel fits, part by part, weighted by each part's share 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -20,6 +19,7 @@ from simmoe.engine.step import Batch, StepBreakdown, StepTable
 from simmoe.engine.tabulate import step_table
 from simmoe.errors import SaturationError, SpecError
 from simmoe.metrics import Quantiles, ServingMetrics
+from simmoe.output_analysis import log_normal_interval
 from simmoe.provenance import Provenance, stamp
 from simmoe.routing.imbalance import BusiestRank, busiest_of
 from simmoe.specs.deployment import Deployment
@@ -30,9 +30,6 @@ from simmoe.specs.workload import Workload
 from simmoe.steady.front_end import delayed, outpaced
 from simmoe.steady.load_curve import Curve, load_curve, saturation_requests_per_s
 from simmoe.steady.state import steady_state
-
-#: Two-sided 90 % of a normal distribution.
-_Z90 = 1.6449
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,12 +154,11 @@ def predict(hardware: Hardware, model: Model, deployment: Deployment, workload: 
     if bound != "offered rate":
         largest, seconds = max(breakdown.parts.items(), key=lambda part: part[1])
         bound = f"{bound}; {largest.replace('_', ' ')} {100 * seconds / breakdown.total_s:.0f} % of step"
-    factor = math.exp(_Z90 * breakdown.log_sigma)
-    low, high = saturation / factor, saturation * factor
+    low, high = log_normal_interval(saturation, breakdown.log_sigma)
     if metrics is not None:
         rate = metrics.output_tokens_per_s
         if workload.concurrency is not None:
-            low, high = rate / factor, rate * factor
+            low, high = log_normal_interval(rate, breakdown.log_sigma)
         else:  # below saturation an open loop delivers what is offered, unless the true capacity is lower still
             low, high = min(rate, low), rate
     return Prediction(

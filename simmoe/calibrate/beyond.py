@@ -23,11 +23,11 @@ from simmoe.costs.calibration import Calibration, OperatorFit
 from simmoe.costs.calibration import load as load_calibration
 from simmoe.costs.operators.base import Operator
 from simmoe.errors import CalibrationError
+from simmoe.output_analysis import Z_95
 from simmoe.specs.load import profile_names
 
 Array = NDArray[np.float64]
 
-_Z90 = 1.6449
 _WARM = False  # benchmarks replay one input, see `simmoe.calibrate.fit`
 #: Rows looked at per fit, drawn at random: enough for a 90 % quantile.
 _ROWS = 300
@@ -102,7 +102,7 @@ def added_log_sigma(found: Sequence[Beyond]) -> float:
 
     def inside(added: float) -> float:
         shares = [
-            np.mean(np.abs(one.log_ratio) <= _Z90 * np.hypot(one.log_sigma, added * one.distance)) for one in found
+            np.mean(np.abs(one.log_ratio) <= Z_95 * np.hypot(one.log_sigma, added * one.distance)) for one in found
         ]
         return float(np.mean(shares))
 

@@ -22,11 +22,10 @@ from simmoe.costs import overlap, pipeline
 from simmoe.costs.attention_layers import AttentionLayers
 from simmoe.costs.layout import active_and_pool
 from simmoe.costs.moe_layers import MoeLayers
-from simmoe.costs.operators import allreduce, elementwise, gemm, host_glue
-from simmoe.costs.operators.host import is_host
 from simmoe.costs.precision import Precision, precision_of
 from simmoe.costs.speculation import Drafts, drafter
 from simmoe.costs.timing import KernelTimes, kernel_times
+from simmoe.engine.dense_layers import DenseLayers
 from simmoe.engine.matrices import Matrix, cross_keys, cross_queries, token_matrices
 from simmoe.engine.step import UNFITTED_LOG_SIGMA, Batch, StepBreakdown, spread
 from simmoe.specs.deployment import Deployment
@@ -99,6 +98,11 @@ class Engine:
     # ---- what depends on the number of tokens alone -----------------------------------------------------------
 
     @cached_property
+    def dense(self) -> DenseLayers:
+        """Products of every token, norms, sums over tensor-parallel ranks and the head."""
+        return DenseLayers(self.hardware, self.model, self.deployment, self.times, self.precision, self.parameters)
+
+    @cached_property
     def moe(self) -> MoeLayers | None:
         """The MoE layers, None of a dense model."""
         if self.model.experts is None:
@@ -131,7 +135,7 @@ class Engine:
         halves = 2 if self._exchanges_tokens and d.exchange.overlap == "two_batch" else 1
         cut = d.dp * (micro_batches or d.pp) * halves
         local = np.maximum(np.ceil(np.asarray(tokens, dtype=np.float64) / cut), 1.0)
-        parts = self._gemms(self._matrices(), local)
+        parts = self.dense.products(self._matrices(), local)
         if self.moe is not None:
             parts |= self.moe.parts(local)
             self.sigma |= self.moe.sigma
@@ -140,9 +144,9 @@ class Engine:
             reduced = not self._exchanges_tokens or d.exchange.algorithm == "gather"
             after_ffn = m.layers if reduced else m.dense_layers
             message = local * m.hidden * 2.0
-            parts["all_reduce"] = (m.layers + after_ffn) * self._all_reduce(message)
-        self.sigma["elementwise"] = UNFITTED_LOG_SIGMA
-        parts["elementwise"] = self._elementwise(local)
+            parts["all_reduce"] = (m.layers + after_ffn) * self.dense.all_reduce(message)
+        parts["elementwise"] = self.dense.elementwise(local)
+        self.sigma |= self.dense.sigma
         slow = self.parameters.kernel_slowdown
         parts = {
             name: value if name == "routed_experts" and self._experts_tuned else value * slow
@@ -178,67 +182,15 @@ class Engine:
         attention = float(self.encoder.prefill_attention(lengths, (lengths - 1) / 2).sum()) / d.dp
         parts = {name: float(value[0]) for name, value in self.encoder.token_parts(tokens, attention).items()}
         local = np.maximum(np.ceil(tokens / d.dp), 1.0)
-        kept = dict(self.sigma)  # spreads stay those of the step's own tokens
-        across = self._gemms([cross_keys(self.model, d.tp_size)], local)["projections"]
-        self.sigma = kept
+        # spreads stay those of the step's own tokens
+        across = self.dense.products([cross_keys(self.model, d.tp_size)], local)["projections"]
         parts["projections"] += float(across[0]) * self.parameters.kernel_slowdown
         return parts | {"attention": attention, "host": 0.0}
-
-    def _gemms(self, shapes: list[Matrix], tokens: Array) -> dict[str, Array]:
-        """All dense products of a layer stack in one vectorised call per precision."""
-        parts: dict[str, Array] = {}
-        spreads: dict[str, Array] = {}
-        for quantised in (True, False):
-            chosen = [shape for shape in shapes if shape.quantised == quantised]
-            if not chosen:
-                continue
-            p = self.precision.dense if quantised else self.precision.plain
-            n = np.array([shape.n for shape in chosen])[:, None]
-            k = np.array([shape.k for shape in chosen])[:, None]
-            features = gemm.features_of(
-                np.broadcast_to(tokens, (len(chosen), tokens.size)).ravel(),
-                np.broadcast_to(n, (len(chosen), tokens.size)).ravel(),
-                np.broadcast_to(k, (len(chosen), tokens.size)).ravel(),
-                weight_bytes=p.weight_bytes,
-                activation_bytes=p.activation_bytes,
-                compute_bits=p.compute_bits,
-                quantise=float(p.quantises),
-            )
-            seconds, sigma = self.times.seconds(gemm.OPERATOR, features, dtype=p.dtype)
-            rows = zip(chosen, seconds.reshape(len(chosen), -1), sigma.reshape(len(chosen), -1), strict=True)
-            for shape, row, spread_of_row in rows:
-                parts[shape.part] = parts.get(shape.part, np.zeros_like(row)) + shape.times * row
-                spreads[shape.part] = np.maximum(spreads.get(shape.part, 0.0), spread_of_row)
-        self.sigma |= spreads
-        return parts
 
     @property
     def _exchanges_tokens(self) -> bool:
         """Experts spread over data-parallel ranks: tokens travel (dispatch, combine) instead of being reduced."""
         return self.model.experts is not None and self.deployment.exchanges_tokens
-
-    def _all_reduce(self, message_bytes: Array) -> Array:
-        features = allreduce.features_of(message_bytes, self.deployment.tp_size)
-        seconds, self.sigma["all_reduce"] = self.times.seconds(allreduce.OPERATOR, features)
-        return seconds
-
-    def _elementwise(self, local: Array) -> Array:
-        m, a, tp = self.model, self.model.attention, self.deployment.tp_size
-        if is_host(self.hardware):
-            p = self.precision.plain
-            glue = host_glue.layer_features(local, m.hidden, a.heads / tp, p.activation_bytes)
-            seconds, self.sigma["elementwise"] = self.times.seconds(
-                host_glue.HOST_GLUE, glue, part="layer", dtype=p.dtype
-            )
-            return m.layers * seconds
-        # two residual-add-norms (read two, write two) and one rotary-plus-cache-write a layer; activation where dense
-        norm = 2 * 4 * m.hidden * 2.0
-        rotary = 2 * 2.0 * (a.heads / tp * a.head_dim + a.kv_elements_per_token)
-        dense = 3 * 2.0 * (m.dense_inter_size / tp) if m.dense_layers else 0.0
-        kernels = 3 * m.layers + m.dense_layers
-        return elementwise.seconds(
-            kernels, local * (m.layers * (norm + rotary) + m.dense_layers * dense), self.hardware
-        )
 
     # ---- attention and head -----------------------------------------------------------------------------------
 
@@ -266,28 +218,9 @@ class Engine:
 
     def head(self, sequences: Array) -> Array:
         """Vocabulary projection of the sequences that sample, and the drawing of their tokens. [s]"""
-        d, m, p = self.deployment, self.model, self.precision.plain
-        count = np.asarray(sequences, dtype=np.float64)
-        local = np.maximum(np.ceil(count / (d.dp * d.pp)), 1.0)
-        features = gemm.features_of(
-            local, m.vocab / d.tp_size, m.hidden, weight_bytes=p.weight_bytes, activation_bytes=p.activation_bytes,
-            compute_bits=p.compute_bits,
-        )  # fmt: skip
-        seconds, sigma = self.times.seconds(gemm.OPERATOR, features, dtype=p.dtype)
-        self.sigma["head"] = float(sigma[0])  # grows with the vocabulary's shape, which all rows share
-        seconds = seconds * self.parameters.kernel_slowdown + self._nucleus(local)
-        if is_host(self.hardware):
-            glue = host_glue.step_features(local, m.vocab / d.tp_size)
-            seconds = seconds + self.times.seconds(host_glue.HOST_GLUE, glue, part="step", dtype=p.dtype)[0]
-        return np.where(count > 0, seconds, 0.0)
-
-    def _nucleus(self, sequences: Array) -> Array:
-        """Sorting and summing the whole vocabulary of every sequence, where top-p or top-k sampling needs it. [s]"""
-        p = self.parameters
-        if not self.deployment.nucleus_sampling:
-            return np.zeros_like(sequences)
-        moved = sequences * self.model.vocab * p.nucleus_bytes_per_logit
-        return np.asarray(p.nucleus_time + moved / self.hardware.device.memory_bandwidth)
+        seconds = self.dense.head(sequences)
+        self.sigma["head"] = self.dense.sigma["head"]
+        return seconds
 
     def rows(self, tokens: Array) -> Array:
         """Rows that kernels work on for a step's tokens: a captured graph's next size, where the engine uses them.

@@ -20,11 +20,11 @@ import numpy as np
 
 from simmoe.engine.step import StepTable
 from simmoe.metrics import RequestTable, StepLog
+from simmoe.output_analysis import log_normal_interval
 from simmoe.specs.workload import Workload
 from simmoe.validation import summary
 from simmoe.validation.summary import Comparison, Outcome
 
-_Z90 = 1.6449
 #: Quantities as `simmoe validate` names them, and the factor from SI to the unit it states them in.
 QUANTITIES = {
     "output_tokens_per_s": ("output_tokens_per_s", 1.0),
@@ -128,7 +128,6 @@ class LiveOutcome:
         """As `simmoe validate` sums them up: the simulation, and the closed form as a group of its own."""
         outcome = Outcome()
         for row, cell in enumerate(self.cells, start=1):
-            spread = math.exp(_Z90 * cell.log_sigma)
             source = f"cap{cell.cap}-load{cell.load}"
             for group, figures in ((self.group, cell.predicted), (f"{self.group}/closed form", cell.closed_form)):
                 if figures is None:
@@ -139,7 +138,7 @@ class LiveOutcome:
                     if not math.isfinite(measured + predicted):
                         outcome.skip(f"{quantity}: no request inside the window")
                         continue
-                    band = predicted / spread, predicted * spread
+                    band = log_normal_interval(predicted, cell.log_sigma)
                     outcome.comparisons.append(
                         Comparison(group, "live", row, source, quantity, measured, predicted, *band)
                     )

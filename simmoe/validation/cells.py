@@ -48,6 +48,11 @@ def why(problem: ValueError, kind: type[Spec]) -> str:
     return short(describe(problem, kind) if isinstance(problem, ValidationError) else str(problem))
 
 
+def reason(problem: Exception) -> str:
+    """Why a row is not predicted, in one line: an `Unspoken`'s own words, or the kind of error and what it says."""
+    return str(problem) if isinstance(problem, Unspoken) else f"{type(problem).__name__}: {short(str(problem))}"
+
+
 def short(words: str) -> str:
     """One line of at most 120 characters."""
     return " ".join(words.split())[:120]

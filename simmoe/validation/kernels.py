@@ -16,11 +16,11 @@ from simmoe.costs.operators.base import Operator
 from simmoe.costs.operators.host import operator_on
 from simmoe.costs.operators.registry import MeasuredDevice, measured_device, operator_of
 from simmoe.costs.timing import KernelTimes, kernel_times
+from simmoe.output_analysis import Z_95
 from simmoe.specs.measurement import Table
 from simmoe.validation.misses import of_kernel
 from simmoe.validation.summary import KERNEL_QUANTITY, Comparison, Explanation, Outcome
 
-_Z90 = 1.6449
 #: Number format of tables without a dtype column.
 _DTYPE = {"attention_prefill": "bfloat16", "attention_decode": "bfloat16", "nccl": "float16", "allreduce": "float16"}
 
@@ -66,7 +66,7 @@ def compare(table: Table, given: Mapping[str, MeasuredDevice] | None = None) -> 
         group = f"{operator.name}/{device.label}/{first}/{_dtype(operator, variant)}"
         predicted, sigma = _predict(times, operator, {name: value[rows] for name, value in features.items()}, variant)
         asked.append((rows, first, variant))
-        spreads = np.exp(_Z90 * sigma).tolist()
+        spreads = np.exp(Z_95 * sigma).tolist()
         figured = zip(rows.tolist(), measured[rows].tolist(), predicted.tolist(), spreads, strict=True)
         for row, seen, said, spread in figured:
             figures = (1e6 * seen, 1e6 * said, 1e6 * said / spread, 1e6 * said * spread)

@@ -15,6 +15,7 @@ from functools import partial
 
 from simmoe.errors import SimmoeError
 from simmoe.metrics import ServingMetrics
+from simmoe.output_analysis import log_normal_interval
 from simmoe.predict import Compiled, compiled_for, mean_step
 from simmoe.sim.cluster import simulate
 from simmoe.sim.disaggregated import Handover, transfer_of
@@ -25,7 +26,7 @@ from simmoe.specs.measurement import Table, stem
 from simmoe.steady.front_end import delayed
 from simmoe.steady.load_curve import load_curve
 from simmoe.steady.state import steady_state
-from simmoe.validation.cells import BESIDE, Row, Unspoken, number, short, text
+from simmoe.validation.cells import BESIDE, Row, Unspoken, number, reason, text
 from simmoe.validation.misses import of_step
 from simmoe.validation.serving.phase_rows import compare_row, is_phase_row
 from simmoe.validation.serving.rows import Run, describe, group_of, model_named
@@ -34,7 +35,6 @@ from simmoe.validation.summary import Comparison, Outcome
 
 __all__ = ["Run", "Unspoken", "compare", "compare_runs", "describe", "figures", "is_serving_table", "rows_of", "solve"]
 
-_Z90 = 1.6449
 _NEEDED = frozenset({"source_id", "model", "gpu", "num_gpus", "engine", "tp", "input_tokens", "output_tokens"})
 
 #: Spread of ln(measured / predicted) that engines add to that of kernels, per metric and for rates. [-]
@@ -118,11 +118,8 @@ def compare_runs(file: str, lines: Iterable[tuple[int, Row, str, Callable[[], Ru
         try:
             run = told()
             metrics, sigma, notes = solve(run)
-        except Unspoken as reason:
-            outcome.skip(str(reason), row=text(row, "source_id"))
-            continue
-        except SimmoeError as problem:
-            outcome.skip(f"{type(problem).__name__}: {short(str(problem))}", row=text(row, "source_id"))
+        except (Unspoken, SimmoeError) as problem:
+            outcome.skip(reason(problem), row=text(row, "source_id"))
             continue
         runs[line] = run
         outcome.notes |= dict.fromkeys(notes)
@@ -130,8 +127,8 @@ def compare_runs(file: str, lines: Iterable[tuple[int, Row, str, Callable[[], Ru
         if not found:
             outcome.skip("no measured throughput or latency in the row", row=text(row, "source_id"))
         for quantity, measured, predicted in found:
-            spread = math.exp(_Z90 * math.hypot(sigma, _UNSEEN_LOG_SIGMA.get(quantity.split("_")[0], _UNSEEN_RATE)))
-            band = predicted / spread, predicted * spread
+            unseen = _UNSEEN_LOG_SIGMA.get(quantity.split("_")[0], _UNSEEN_RATE)
+            band = log_normal_interval(predicted, math.hypot(sigma, unseen))
             source = text(row, "source_id")
             outcome.comparisons.append(Comparison(group, file, line, source, quantity, measured, predicted, *band))
     outcome.explainers[file] = lambda line, quantity, predicted: (

@@ -14,17 +14,17 @@ import re
 
 from simmoe.engine.step import StepBreakdown
 from simmoe.errors import SimmoeError
+from simmoe.output_analysis import log_normal_interval
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.hardware import Hardware
 from simmoe.specs.mechanisms import Exchange
 from simmoe.specs.model import Model
 from simmoe.specs.routing import Routing
-from simmoe.validation.cells import Row, Unspoken, number, text
+from simmoe.validation.cells import Row, Unspoken, number, reason, text
 from simmoe.validation.serving.phases import phase_step
 from simmoe.validation.serving.rows import described_parts, speculating, speculation_of
 from simmoe.validation.summary import Comparison, Outcome
 
-_Z90 = 1.6449
 #: What engines and layouts add to the kernels' spread here; as for rates of whole runs. [-]
 _UNSEEN = 0.22
 _CHUNK = 16384
@@ -39,14 +39,10 @@ def compare_row(row: Row, file: str, line: int, group: str, outcome: Outcome) ->
     """Add a row's figure, or the reason why it is not predicted."""
     try:
         quantity, measured, predicted, sigma = _predict(row)
-    except Unspoken as reason:
-        outcome.skip(str(reason), row=text(row, "source_id"))
+    except (Unspoken, SimmoeError) as problem:
+        outcome.skip(reason(problem), row=text(row, "source_id"))
         return
-    except SimmoeError as problem:
-        outcome.skip(f"{type(problem).__name__}: {problem}", row=text(row, "source_id"))
-        return
-    spread = math.exp(_Z90 * math.hypot(sigma, _UNSEEN))
-    band = predicted / spread, predicted * spread
+    band = log_normal_interval(predicted, math.hypot(sigma, _UNSEEN))
     outcome.comparisons.append(
         Comparison(group, file, line, text(row, "source_id"), quantity, measured, predicted, *band)
     )

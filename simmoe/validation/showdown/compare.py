@@ -27,6 +27,7 @@ from simmoe.engine.engine import Engine
 from simmoe.engine.tabulate import step_table
 from simmoe.errors import CapacityError, SimmoeError
 from simmoe.metrics import RequestTable
+from simmoe.output_analysis import log_normal_interval
 from simmoe.sim.arrivals import Recorded
 from simmoe.sim.cluster import simulate
 from simmoe.sim.offload_books import bookkeeping_of
@@ -51,7 +52,6 @@ QUANTITIES = {
     "ttft_p99": "ttft_p99",
     "output_tokens_per_s": "output_throughput",
 }
-_Z90 = 1.6449
 #: What vLLM's code says rather than an estimate. Asynchronous scheduling is on by default since 0.14; batches are
 #: padded to captured graphs. A shared expert on a second stream hides nothing here: Scout's shared and routed experts
 #: both wait for their weights. Top-p sampling sorts the vocabulary in PyTorch. Its bytes, counted: a radix sort of 4 B
@@ -240,11 +240,9 @@ def _comparisons(
         mine = getattr(figures, quantity)
         if value is None or not value > 0 or not np.isfinite(mine):
             continue
-        wide = np.exp(_Z90 * figures.log_sigma)
+        band = log_normal_interval(mine, figures.log_sigma)
         for group in _groups(run, OWN):
-            yield Comparison(
-                group, "experiments.csv", row + 2, run.name, quantity, value, mine, mine / wide, mine * wide
-            )
+            yield Comparison(group, "experiments.csv", row + 2, run.name, quantity, value, mine, *band)
 
 
 def _groups(run: Run, simulator: str) -> list[str]:
