@@ -214,6 +214,22 @@ def test_a_prefix_costs_what_its_pairs_cost():
 # ---- measurements --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("operator", [gqa.ATTENTION_PREFILL, mla.MLA_PREFILL])
+def test_hopper_splits_a_long_prefix_over_idle_multiprocessors(operator):
+    features = gqa.prefill_features if operator is gqa.ATTENTION_PREFILL else mla.prefill_features
+    shape = (8.0, 1.0, 128.0) if operator is gqa.ATTENTION_PREFILL else (16.0,)
+    few = features(1.0, 64.0, *shape, cached_tokens=32768.0)
+    alone = features(1.0, 64.0, *shape, cached_tokens=0.0)
+    ideal = operator.roofline(few, H100)
+    seconds = operator.seconds(few, operator.defaults, H100, COLD) - operator.seconds(
+        alone, operator.defaults, H100, COLD
+    )
+    assert ideal / 2 < seconds < 5 * ideal
+    # FlashAttention 2 walks over all of it in one item
+    early = operator.seconds(few, operator.defaults, A100, COLD)
+    assert early > 4 * operator.roofline(few, A100)
+
+
 def measured(name: str, device: str = "h100_sxm") -> Table:
     folder = PROFILES / device
     return read_table(next(path for path in folder.iterdir() if path.name.startswith(f"{name}_{device}.csv")))

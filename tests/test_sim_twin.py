@@ -35,6 +35,7 @@ def make_table(
         prefill_base_s=2e-4,
         prefill_per_token_s=1e-5,
         prefill_per_pair_s=3e-8,
+        prefill_per_cached_s=4e-6,
     )
 
 

@@ -98,7 +98,7 @@ class StepDetail:
     prompt_parts_s : as ``parts_s`` for steps with prompts, by the micro-batches these make in a pipeline.
     draft_s, draft_per_context_s, pipeline_s : what the decode terms of `StepTable` hold beside attention, by decoding
         requests: drafting, and waiting for other pipeline stages; shape (requests + 1,). [s], [s/token], [s]
-    draft_prompt_s : what the prefill terms hold of drafting: base, per token, per pair. [s]
+    draft_prompt_s : what the prefill terms hold of drafting: base, per token, per pair, per cached token. [s]
     """
 
     grid: Array
@@ -109,7 +109,7 @@ class StepDetail:
     prompt_parts_s: tuple[Mapping[str, Array], ...]
     draft_s: Array
     draft_per_context_s: Array
-    draft_prompt_s: tuple[float, float, float]
+    draft_prompt_s: tuple[float, float, float, float]
     pipeline_s: Array
 
     def log_sigma_at(self, tokens: int) -> dict[str, float]:
@@ -129,9 +129,10 @@ class StepTable:
          + head_s[rows that sample]                      (those of decoding requests + prompts that finish in the step)
          + decode_base_s[b] + decode_per_context_s[b] * context   (if b = decode_requests > 0)
          + prefill_base_s                                   (once, if the step has any prompt chunk)
-         + prefill_per_token_s * new + prefill_per_pair_s * pairs
-    with rows = new + b * rows_per_decode (1 without speculative decoding), and new, pairs = sums over the step's prompt
-    chunks of new and of new * cached + new * (new + 1) / 2: attention kernels take all chunks of a step in one launch.
+         + prefill_per_token_s * new + prefill_per_pair_s * pairs + prefill_per_cached_s * cached
+    with rows = new + b * rows_per_decode (1 without speculative decoding), and new, pairs, cached = sums over the
+    step's prompt chunks of new, of new * cached + new * (new + 1) / 2 and of the tokens cached before them, which MLA
+    expands again for every chunk: attention kernels take all chunks of a step in one launch.
     In a step that has both, mixed_base_s and mixed_per_context_s stand in for the decode terms, if given. In a pipeline
     steps with c prompt chunks have prompt_token_s[i, rows] for the first term and prompt_shares[i] of the prefill
     terms, i = min(c, stages) - 1.
@@ -153,11 +154,17 @@ class StepTable:
     prompt_token_s: Array | None = None
     prompt_shares: Array | None = None
     steps_ahead: int = 0
+    prefill_per_cached_s: float = 0.0
 
     def __post_init__(self) -> None:
         if self.prompt_token_s is None:  # no pipeline: a step's prompts make one batch with its decodes
             object.__setattr__(self, "prompt_token_s", self.token_s[None])
             object.__setattr__(self, "prompt_shares", np.ones(1))
+
+    @property
+    def prefill_terms(self) -> tuple[float, float, float, float]:
+        """What prompts add: a base, and per new token, attended pair and cached token. [s]"""
+        return self.prefill_base_s, self.prefill_per_token_s, self.prefill_per_pair_s, self.prefill_per_cached_s
 
     @property
     def prompts(self) -> tuple[Array, Array]:
@@ -207,8 +214,7 @@ class StepTable:
                 slope = self.mixed_per_context_s
             total += float(base[b] + slope[b] * batch.decode_context_tokens)
         if batch.prefill_chunks:
-            terms = (self.prefill_base_s, self.prefill_per_token_s, self.prefill_per_pair_s)
-            total += _of_prompts(batch, terms) * float(self.prompts[1][self._micro_batches(batch)])
+            total += _of_prompts(batch, self.prefill_terms) * float(self.prompts[1][self._micro_batches(batch)])
         return total
 
     def _micro_batches(self, batch: Batch) -> int:
@@ -244,10 +250,11 @@ class StepTable:
         return StepBreakdown(**fields_of, log_sigma=spread(parts, sigma))
 
 
-def _of_prompts(batch: Batch, terms: tuple[float, float, float]) -> float:
-    """What a step's prompt chunks add: a base, and per new token and attended pair. [s]"""
+def _of_prompts(batch: Batch, terms: tuple[float, float, float, float]) -> float:
+    """What a step's prompt chunks add by such terms. [s]"""
     pairs = sum(n * cached + n * (n + 1) / 2 for n, cached in batch.prefill_chunks)
-    return terms[0] + terms[1] * batch.prompt_tokens + terms[2] * pairs
+    cached_tokens = sum(cached for _, cached in batch.prefill_chunks)
+    return terms[0] + terms[1] * batch.prompt_tokens + terms[2] * pairs + terms[3] * cached_tokens
 
 
 def spread(parts: Mapping[str, float], sigma: Mapping[str, float]) -> float:

@@ -1,8 +1,9 @@
 """A deployment's step compiled to look-ups: timed at chosen token and request counts, interpolated between.
 
 Attention is affine in context: two contexts on either side of the workload's mean give base and slope. Prompts are
-timed at one usual chunk and its half, which gives their cost per token and per pair. Checked against `Engine.step` in
-tests/test_engine.py, tests/test_pipeline.py and tests/test_speculation.py.
+timed at one usual chunk and its half, and both again behind cached tokens, which gives their cost per token, per pair
+and per cached token. Checked against `Engine.step` in tests/test_engine.py, tests/test_pipeline.py and
+tests/test_speculation.py.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from simmoe.engine.step import StepDetail, StepTable
 
 Array = NDArray[np.float64]
 Kernel = Callable[[Array, Array], Array]
-#: What steps with prompts add: a base, per new token, per attended pair. [s]
-Terms = tuple[float, float, float]
+#: What steps with prompts add: a base, per new token, per attended pair, per cached token. [s]
+Terms = tuple[float, float, float, float]
 
 
 def step_table(engine: Engine, *, mean_context: float, prompt_tokens: float) -> StepTable:
@@ -72,11 +73,14 @@ def step_table(engine: Engine, *, mean_context: float, prompt_tokens: float) -> 
 
     token_s = tabulated(parts)
     chunk = max(min(prompt_tokens, float(d.max_num_batched_tokens)), 2.0)
-    prefill = _quadratic(engine.prefill_attention, chunk, d.dp)
-    draft_prefill = (0.0, 0.0, 0.0) if drafts is None else _quadratic(drafts.prompt_attention_s, chunk, d.dp)
-    floor, linear, quadratic = (a + b for a, b in zip(prefill, draft_prefill, strict=True))
+    before = max(prompt_tokens - chunk, chunk)
+    prefill = _of_chunks(engine.prefill_attention, chunk, before, d.dp)
+    draft_prefill = (0.0, 0.0, 0.0, 0.0)
+    if drafts is not None:
+        draft_prefill = _of_chunks(drafts.prompt_attention_s, chunk, before, d.dp)
+    floor, linear, quadratic, cached = (a + b for a, b in zip(prefill, draft_prefill, strict=True))
     if engine.encoder is not None:
-        (floor, linear, quadratic), beside = _encoded(engine, token_s, max(round(chunk), 2), index)
+        (floor, linear, quadratic, cached), beside = _encoded(engine, token_s, max(round(chunk), 2), index)
         mixed_base_s = mixed_base_s + beside
     detail = StepDetail(
         grid, parts, dict(engine.sigma), engine.host_per_row, rows, tuple(by_batches), draft_s, draft_slope_s,
@@ -88,6 +92,7 @@ def step_table(engine: Engine, *, mean_context: float, prompt_tokens: float) -> 
         np.stack([tabulated(timed) for timed in by_batches]),
         pipeline.prompt_share(np.arange(1.0, d.pp + 1), d.pp, drained=engine.drained),
         steps_ahead=engine.parameters.steps_ahead,
+        prefill_per_cached_s=cached,
     )  # fmt: skip
 
 
@@ -133,19 +138,29 @@ def _encoded(engine: Engine, token_s: Array, prompt: int, index: NDArray[np.int_
     begun, with_prompt = (token_s[np.minimum(index + more, token_s.size - 1)] for more in (1, prompt))
     beside = begun - alone + token_s[prompt] - with_prompt
     beside[0] = 0.0
-    return (floor, linear, 0.0), beside
+    return (floor, linear, 0.0, 0.0), beside
 
 
-def _quadratic(kernel: Kernel, chunk: float, ranks: int) -> Terms:
-    """Attention of prompt chunks about ``chunk`` long: a base, and per token and pair, spread over ``ranks``. [s]"""
+def _of_chunks(kernel: Kernel, chunk: float, before: float, ranks: int) -> Terms:
+    """Attention of prompt chunks about ``chunk`` long, of later ones after ``before`` tokens, over ``ranks``. [s]
+
+    What the pairs with cached tokens take is what pairs take: among the new ones, launches and tiles that are not
+    filled weigh in. First chunks keep their times at ``chunk`` and its half, so that leaves little room to choose.
+    """
     chunks = np.array([chunk, max(chunk / 2, 1.0)])
-    whole, half = kernel(chunks, np.zeros(2)).tolist()
-    # chunks spread over the data-parallel ranks, which work at the same time
+    none = np.zeros(2)
+    whole, half = kernel(chunks, none).tolist()
+    more, more_of_half = (kernel(chunks, none + before) - kernel(chunks, none)).tolist()
     pairs = chunks * (chunks + 1) / 2
-    quadratic = max(whole - 2 * half, 0.0) / (pairs[0] - 2 * pairs[1]) if whole > 2 * half else 0.0
+    # chunks spread over the data-parallel ranks, which work at the same time
+    least = max(whole - 2 * half, 0.0) / (pairs[0] - 2 * pairs[1]) if whole > 2 * half else 0.0
+    most = max(whole - half, 0.0) / (pairs[0] - pairs[1])
+    behind = (more - more_of_half) / (before * (chunks[0] - chunks[1]))
+    quadratic = min(max(behind, least), max(most, least))
     linear = max(whole - half - quadratic * (pairs[0] - pairs[1]), 0.0) / (chunks[0] - chunks[1])
     floor = max(whole - linear * chunks[0] - quadratic * pairs[0], 0.0)
-    return float(floor), float(linear / ranks), float(quadratic / ranks)
+    cached = max(more_of_half / before - quadratic * chunks[1], 0.0)
+    return float(floor), float(linear / ranks), float(quadratic / ranks), float(cached / ranks)
 
 
 def _grid(top: int) -> Array:

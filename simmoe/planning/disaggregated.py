@@ -108,8 +108,9 @@ def _capacity(layout: Layout, workload: Workload) -> _Capacity:
     by_batches, shares = table.prompts
 
     def step_s(chunk: float) -> float:
-        pairs = chunk * (tokens + 1) / 2
-        attention = table.prefill_base_s + table.prefill_per_token_s * chunk + table.prefill_per_pair_s * pairs
+        pairs, cached = chunk * (tokens + 1) / 2, max(tokens - chunk, 0.0) / 2
+        base, per_token, per_pair, per_cached = table.prefill_terms
+        attention = base + per_token * chunk + per_pair * pairs + per_cached * cached
         prompts = min(max(1, int(chunk // tokens)), len(shares)) - 1
         return float(by_batches[prompts, int(chunk)] + shares[prompts] * attention)
 

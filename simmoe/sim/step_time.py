@@ -75,10 +75,11 @@ def _chunks(table: TickTable, s: Scheduler, dp: int) -> tuple[int, int, int]:
 
     The table spreads a replica's prompts over its ``dp`` ranks; one rank's are timed as if each rank had as many.
     """
-    tokens = sampled = pairs = 0
+    tokens = sampled = pairs = before = 0
     for request, new, cached in s.chunks:
         tokens += new
         sampled += cached + new == request.target
         pairs += new * cached + new * (new + 1) // 2
-    base, per_new, per_pair = table.of_chunks(len(s.chunks))[1]
-    return tokens, sampled, base + dp * (per_new * tokens + per_pair * pairs)
+        before += cached
+    base, per_new, per_pair, per_cached = table.of_chunks(len(s.chunks))[1]
+    return tokens, sampled, base + dp * (per_new * tokens + per_pair * pairs + per_cached * before)

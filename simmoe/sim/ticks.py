@@ -37,7 +37,7 @@ class TickTable:
 
     ``per_context`` and ``mixed_per_context`` are per grain of context (`kv_cache`). ``prompts[i]`` is of steps with
     i + 1 prompt chunks, the last also of steps with more: the part that depends on the tokens alone, and the prompts'
-    attention (base, per new token, per pair).
+    attention (base, per new token, per pair, per cached token).
     """
 
     token: list[int]
@@ -79,10 +79,10 @@ class TickTable:
         tokens = [token]
         if len(by_batches) > 1:
             tokens = [_all_to_ticks(row[: max_tokens + 1]) for row in by_batches]
-        terms = (table.prefill_base_s, table.prefill_per_token_s, table.prefill_per_pair_s)
+        attention = ([to_ticks(term * share) for term in table.prefill_terms] for share in shares.tolist())
         return cls(
             token=token,
-            prompts=list(zip(tokens, ([to_ticks(term * s) for term in terms] for s in shares.tolist()), strict=True)),
+            prompts=list(zip(tokens, attention, strict=True)),
             head=head,
             decode_base=base,
             decode=[t + h + b for t, h, b in zip(token[::width], head[::width], base, strict=False)],

@@ -86,15 +86,18 @@ class StepTimes:
         slowest = np.maximum(chunk, self.dp * np.minimum(chunk, input_tokens * longest))
         # a prompt meets itself: pairs grow as the mean of squares
         pairs = slowest * (input_tokens * (longest + varied / longest) + 1) / 2
+        # later chunks of a prompt that one step does not hold stand, on average, behind half of the rest
+        whole = input_tokens * longest
+        cached = self.dp * (whole - np.minimum(slowest / self.dp, whole)) / 2
         attending = beside if waited_for is None else waited_for
         sampled = np.minimum(self.width * beside + slowest / input_tokens, len(table.head_s) - 1)
         tokens_s, share_shown = _with_prompts(table, self.width * beside + chunk, cohort)
+        base_s, per_token_s, per_pair_s, per_cached_s = table.prefill_terms
         return np.asarray(
             tokens_s
             + np.interp(sampled, np.arange(len(table.head_s)), table.head_s)
             + _attention_s(table, attending, attending * self.mean_context * fullest)
-            + share_shown
-            * (table.prefill_base_s + table.prefill_per_token_s * slowest + table.prefill_per_pair_s * pairs),
+            + share_shown * (base_s + per_token_s * slowest + per_pair_s * pairs + per_cached_s * cached),
             dtype=np.float64,
         )
 

@@ -355,9 +355,11 @@ def step_time(table, ranks, exchange):
             share = table.prompt_shares[by_batches[-1] - 1]
             new = dp * sum(n for _, n in chunks)
             pairs = dp * sum(n * job.computed + n * (n + 1) // 2 for job, n in chunks)
+            cached = dp * sum(job.computed for job, _ in chunks)
             prefill.append(
                 ticks(table.prefill_base_s * share) + ticks(table.prefill_per_token_s * share) * new
                 + ticks(table.prefill_per_pair_s * share) * pairs
+                + ticks(table.prefill_per_cached_s * share) * cached
             )  # fmt: skip
     together = sum(tokens) if exchange or dp == 1 else dp * max(tokens)
     token_s = table.prompt_token_s[min(by_batches) - 1] if by_batches else table.token_s

@@ -57,8 +57,8 @@ class PrefillWork:
 
     Attributes
     ----------
-    keys : tokens the last query sees, new and cached. [tokens]
-    items : work items: request x head x tile of query rows. [-]
+    keys : tokens the last query of an item sees, new and cached. [tokens]
+    items : work items: request x head x tile of query rows x part of the cached tokens. [-]
     bytes : queries, keys, values and outputs, each once. [B]
     flop : matrix work on the causal triangle in whole tiles. [FLOP]
     compute_bits : operand width of the matrix unit. [bit]
@@ -179,6 +179,19 @@ def l2_relief(working_set_bytes: Array, p: Parameters, hardware: Hardware) -> Ar
     room = p["l2_share"] * hardware.device.l2_cache / np.maximum(working_set_bytes, 1.0)
     hit = 1.0 / (1.0 + np.maximum(room, 1e-12) ** -p["l2_sharpness"])
     return np.asarray(1.0 - hit * (1.0 - 1.0 / p["l2_gain"]))
+
+
+def cached_parts(items: Array, new: Array, cached: Array, hardware: Hardware) -> Array:
+    """Parts that a prefill kernel cuts the keys of its items into, where these leave SMs idle. [-]
+
+    FlashAttention 3 does (``num_splits_heuristic`` of hopper/heuristics.h), FlashAttention 2 for single tokens only. Of
+    the keys only cached ones count: fits to prompts without any hold what splitting does there.
+    """
+    if hardware.device.architecture in EARLY_ARCHITECTURES:
+        return np.ones_like(items)
+    most = np.maximum(hardware.device.sms / items, 1.0)
+    own = KEY_BLOCK * np.ceil(new / KEY_BLOCK)
+    return np.asarray((own + cached) / (own + cached / most))
 
 
 def _combine(tokens: Array, p: Parameters) -> Array:

@@ -19,6 +19,7 @@ from simmoe.costs.operators.attention_kernel import (
     DecodeWork,
     PrefillWork,
     arrays,
+    cached_parts,
     decode_kernel_s,
     prefill_kernel_s,
 )
@@ -111,9 +112,10 @@ def prefill_work(f: Features, hardware: Hardware) -> PrefillWork:
     # a tile spans 128 / packed tokens and sees on average half of the chunk, in whole key blocks
     rounded = KEY_BLOCK * np.ceil(new / KEY_BLOCK)
     mean_keys = cached + 0.5 * (rounded + np.minimum(rounded, np.maximum(KEY_BLOCK, QUERY_TILE / packed)))
+    parts = cached_parts(batch * tiles, new, cached, hardware)
     return PrefillWork(
-        keys=cached + new,
-        items=batch * tiles,
+        keys=(cached + new) / parts,
+        items=batch * tiles * parts,
         bytes=batch
         * width
         * (new * f["heads"] * ELEMENT_BYTES + (new + cached) * f["kv_heads"] * f["kv_element_bytes"]),

@@ -20,6 +20,7 @@ from simmoe.costs.operators.attention_kernel import (
     DecodeWork,
     PrefillWork,
     arrays,
+    cached_parts,
     decode_kernel_s,
     l2_relief,
     prefill_kernel_s,
@@ -174,6 +175,7 @@ def prefill_work(f: Features, hardware: Hardware) -> PrefillWork:
     # a tile sees on average half of the chunk, in whole blocks of keys
     rounded = KEY_BLOCK * np.ceil(new / KEY_BLOCK)
     mean_keys = cached + 0.5 * (rounded + np.minimum(rounded, np.maximum(KEY_BLOCK, tokens_per_tile)))
+    parts = cached_parts(batch * tiles, new, cached, hardware)
     cache = latent * f["kv_element_bytes"]
     # the latent is read in 16 bit and written to the cache; expanded keys and values come on top
     keys_bytes = np.where(absorbed, cache, latent * ELEMENT_BYTES + cache + heads * expanded * ELEMENT_BYTES)
@@ -182,8 +184,8 @@ def prefill_work(f: Features, hardware: Hardware) -> PrefillWork:
         absorbed & (f["kv_element_bytes"] < ELEMENT_BYTES), latent * (f["kv_element_bytes"] + ELEMENT_BYTES), 0.0
     )
     return PrefillWork(
-        keys=cached + new,
-        items=batch * tiles,
+        keys=(cached + new) / parts,
+        items=batch * tiles * parts,
         bytes=batch * (new * heads * width * ELEMENT_BYTES + (new + cached) * keys_bytes),
         flop=2.0 * batch * tiles * rows_per_tile * mean_keys * width,
         compute_bits=f["compute_bits"],
