@@ -68,6 +68,11 @@ class Simulated:
         return bool(self.overloads)
 
     @property
+    def ends(self) -> bool:
+        """Whether traffic ends (stages, a trace's own arrivals, ``run.drain``), so that a queue is worked off."""
+        return self.scenario.run.drain or _ends(self.scenario.workload)
+
+    @property
     def measured(self) -> RequestTable:
         """Requests measured in the first run."""
         return _measured(self.runs[0])

@@ -13,7 +13,7 @@ from test_sim import SMALL, TABLE, fixed
 from typer.testing import CliRunner
 
 from simmoe.cli.main import app
-from simmoe.errors import SimmoeError, SpecError
+from simmoe.errors import SaturationError, SimmoeError, SpecError
 from simmoe.output_analysis import t_95, t_interval
 from simmoe.series import _held, interval_series, stage_metrics
 from simmoe.sim import chrome_trace
@@ -81,8 +81,23 @@ def test_people_see_rates_latencies_and_saturation(tmp_path):
     assert "SATURATED" in shown
     assert "TTFT" in shown
     assert "SATURATED" not in run("h100", "--rate", "5", "--requests", "300", "--output", "64").output
-    assert as_json("h100", "--rate", "200", "--output", "256", "--requests", "800")["saturated"]
+    flags = ("h100", "--rate", "200", "--output", "256", "--requests", "800")
+    assert as_json(*flags, "--allow-saturation")["saturated"]
     assert not as_json("h100", "--concurrency", "700", "--output", "64", "--requests", "800")["saturated"]
+
+
+def test_an_endless_overload_is_an_error_after_the_results_and_one_that_ends_is_not(tmp_path, capsys):
+    load = "h100 --rate 200 --output 256 --requests 800"
+    with pytest.raises(SaturationError, match=r"^rate 200 request/s: SATURATED from .* lower the rate, .*--drain"):
+        app(["simulate", *load.split(), "--json"], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out)["metrics"]["requests_per_s"] < 100
+    assert as_json(*load.split(), "--drain")["saturated"]
+    stages = "{arrivals: {kind: staged, stages: [{rate: 200 request/s, duration: 4 s}]}, input: {mean: 512}, "
+    staged = "hardware: h100\nmodel: deepseek-v2-lite\nworkload: " + stages + "output: {mean: 256}}\n"
+    assert as_json(write(tmp_path, staged))["saturated"]
+    endless = SCENARIO.replace("8 request/s", "200 request/s").replace("200,", "900,")
+    with pytest.raises(SaturationError, match=r"scenario.yaml: rate 200 request/s: SATURATED"):
+        app(["simulate", write(tmp_path, endless)], standalone_mode=False)
 
 
 @pytest.mark.parametrize(

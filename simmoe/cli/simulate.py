@@ -11,7 +11,7 @@ import typer
 from simmoe import console
 from simmoe.cli import options
 from simmoe.console import show
-from simmoe.errors import SimmoeError, SpecError
+from simmoe.errors import SaturationError, SimmoeError, SpecError
 
 
 def simulate(
@@ -45,6 +45,9 @@ def simulate(
     duration: Annotated[float | None, typer.Option(help="Or: measure who arrives within this time. [s]")] = None,
     warmup: Annotated[str | None, typer.Option(help="Share of requests dropped, or mser. [default: 0.1]")] = None,
     drain: Annotated[bool, typer.Option("--drain", help="Stop traffic after the last request measured.")] = False,
+    allow_saturation: Annotated[
+        bool, typer.Option("--allow-saturation", help="Exit 0 though an endless load is more than can be carried.")
+    ] = False,
     seed: Annotated[int | None, typer.Option(min=0, help="Root of all random numbers. [default: 0]")] = None,
     replications: Annotated[int | None, typer.Option(min=1, help="Independent runs. [default: 1]")] = None,
     router: Annotated[
@@ -73,6 +76,9 @@ def simulate(
     `simmoe simulate h100 --rate 12 --burstiness 0.3 --goodput ttft=500ms,tpot=30ms`
 
     `simmoe simulate scenario.yaml --seed 7`
+
+    Exit status 1, after the results, if a rate that goes on is more than can be carried (not with --allow-saturation).
+    An overload that ends, of --drain, a trace or stages, is told and exits 0.
 
     What a scenario file may say (traffic, traces, routers, failures, autoscaling, prefill and decode apart), and how
     everything measured is defined: docs/scenarios.md.
@@ -149,6 +155,12 @@ def simulate(
         typer.echo(json_module.dumps(simulation_report.to_json(result), indent=2))
     else:
         show(simulation_report.table(result))
+    if result.saturated and not (result.ends or allow_saturation):
+        where = "" if described.name == "flags" else f"{path}: "
+        raise SaturationError(
+            f"{where}rate {described.workload.rate:g} request/s: {result.overloads[0]}; lower the rate, raise gpus, or "
+            "give --drain (a load that ends) or --allow-saturation"
+        )
 
 
 def mount(app: typer.Typer) -> None:
