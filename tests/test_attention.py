@@ -265,6 +265,26 @@ def test_unseen_head_counts_are_within_the_accepted_error(operator, device, head
     assert unseen_error(operator, device, heads, **variant) <= accepted_percent
 
 
+@pytest.mark.parametrize("device", ["h100_sxm", "h200_sxm"])
+def test_long_reads_reach_the_share_of_the_bandwidth_that_unseen_heads_measure(device):
+    operator, hardware = gqa.ATTENTION_DECODE, load_hardware(device.removesuffix("_sxm"))
+    (sample,) = calibrate.samples(operator, measured(operator.name, device))
+    long = (gqa.decode_work(sample.features).kv_bytes > 0.5e9) & (sample.features["batch"] <= 512)
+    values = calibrate.fit(operator, sample.take(np.flatnonzero(sample.features["heads"] != 8)), hardware)
+    unseen = sample.take(np.flatnonzero(long & (sample.features["heads"] == 8)))
+    assert len(unseen.seconds) > 15
+    error = operator.seconds(unseen.features, values, hardware, HOT) / unseen.seconds - 1
+    assert abs(np.median(error)) < 0.025
+
+
+def test_an_l2_hit_does_not_wait_for_device_memory():
+    f = gqa.decode_features(1, np.array([2048.0, 2e6]), 32, 8, 128)  # 8 MB in an L2 of 50; 8 GB beside it
+    sharp = {**gqa.ATTENTION_DECODE.defaults, "l2_sharpness": 16.0, "overlap_power": 1.0}
+    for cold, filled in ((HOT, [0, 1]), (COLD, [1, 1])):
+        slow, quick = (gqa.ATTENTION_DECODE.seconds(f, {**sharp, "fill": s}, H100, cold) for s in (2e-5, 1e-5))
+        assert (slow - quick) / 1e-5 == pytest.approx(filled, abs=0.02)
+
+
 @pytest.mark.parametrize(("name", "device"), [("mla_decode", "h800"), ("mla_decode", "h20"), ("mla_prefill", "h800")])
 def test_small_tables_without_a_framework_are_read_as_bf16_kernels(name, device):
     operator = {"mla_decode": mla.MLA_DECODE, "mla_prefill": mla.MLA_PREFILL}[name]

@@ -4,8 +4,8 @@ Model: the kernel is a set of work items (one per request, KV head and tile of q
 SMs. It is bounded by reading the KV cache, by matrix FLOPs on padded tiles, by the items' fixed cost in
 waves over the SMs, and by the serial walk of one item over its keys; the bounds are joined by a p-norm on
 top of a launch floor. Decode splits long contexts over idle SMs; ``serial_blocks`` says up to how far.
-Left out: clocks that drop under load, requests of unequal context in a batch, the scheduler kernels'
-thresholds (FlashAttention 3 above 992 requests). Compared with: measured kernels, ``simmoe calibrate --report``.
+Left out: clocks that drop under load, requests of unequal context in a batch. Compared with: measured kernels,
+``simmoe calibrate --report``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class DecodeWork:
 
     Attributes
     ----------
-    batch : requests, one new token each. [requests]
+    laid_out : requests whose work items a kernel before this one lays out one after the other. [requests]
     context : mean tokens in the cache per request. [tokens]
     items : work items before any split over keys. [-]
     kv_bytes : KV cache read. [B]
@@ -41,7 +41,7 @@ class DecodeWork:
     reshaped : 1 where the framework copies the output after the kernel, else 0. [-]
     """
 
-    batch: Array
+    laid_out: Array
     context: Array
     items: Array
     kv_bytes: Array
@@ -119,23 +119,35 @@ PREFILL_PARAMETERS = (
 
 
 def decode_kernel_s(
-    work: DecodeWork, p: Parameters, hardware: Hardware, *, cold: bool, other_bytes: Array | float = 0.0
+    work: DecodeWork,
+    p: Parameters,
+    hardware: Hardware,
+    *,
+    cold: bool,
+    other_bytes: Array | float = 0.0,
+    fill_s: float = 0.0,
 ) -> Array:
-    """Time of a decode attention kernel; ``other_bytes`` compete with the KV cache for L2. [s]
+    r"""Time of a decode attention kernel; ``other_bytes`` compete with the KV cache for L2. [s]
 
     Non-decreasing in batch and context; for long contexts linear in batch x context.
+
+    Notes
+    -----
+    ``fill_s`` is what device memory takes to reach its rate and to run dry, so that the share of its bandwidth rises
+    with the bytes read: :math:`b / (b + b_{1/2})`, half of it at :math:`b_{1/2} =` ``fill_s`` x rate (Hockney and
+    Jesshope, Parallel Computers 2, 1988, of vector pipelines). What L2 holds does not wait for it.
     """
     device = hardware.device
     bandwidth = device.memory_bandwidth
-    keep = 1.0 if cold else l2_relief(work.kv_bytes + other_bytes, p, hardware)
-    memory = work.kv_bytes * keep / (p["memory_efficiency"] * bandwidth)
+    found = 0.0 if cold else l2_share_found(work.kv_bytes + other_bytes, p, hardware)
+    memory = work.kv_bytes * _relief(found, p) / (p["memory_efficiency"] * bandwidth) + fill_s * (1.0 - found)
     compute = work.flop / (p["compute_efficiency"] * peak_flop_per_s(hardware, work.compute_bits))
     io = work.io_bytes / (p["io_efficiency"] * bandwidth)
     power = p["overlap_power"]
     serial = p["serial_block"] * np.minimum(np.maximum(work.context / KEY_BLOCK, 1.0), p["serial_blocks"])
     stream = soft_max(soft_max(memory, compute, PIPELINED), serial, power)
     scheduled = p["item"] * waves(work.items, device.sms)
-    overhead = p["launch"] + p["request"] * work.batch + p["reshape"] * work.reshaped
+    overhead = p["launch"] + p["request"] * work.laid_out + p["reshape"] * work.reshaped
     return np.asarray(overhead + io + _combine(work.context, p) + soft_max(stream, scheduled, power))
 
 
@@ -176,9 +188,17 @@ def waves(items: Array, sms: int) -> Array:
 
 def l2_relief(working_set_bytes: Array, p: Parameters, hardware: Hardware) -> Array:
     """Factor (0, 1] on memory time when a benchmark replays the same bytes and L2 still holds a part. [-]"""
+    return np.asarray(_relief(l2_share_found(working_set_bytes, p, hardware), p))
+
+
+def l2_share_found(working_set_bytes: Array, p: Parameters, hardware: Hardware) -> Array:
+    """Share of the bytes that a replay finds in L2. [-]"""
     room = p["l2_share"] * hardware.device.l2_cache / np.maximum(working_set_bytes, 1.0)
-    hit = 1.0 / (1.0 + np.maximum(room, 1e-12) ** -p["l2_sharpness"])
-    return np.asarray(1.0 - hit * (1.0 - 1.0 / p["l2_gain"]))
+    return np.asarray(1.0 / (1.0 + np.maximum(room, 1e-12) ** -p["l2_sharpness"]))
+
+
+def _relief(found: Array | float, p: Parameters) -> Array | float:
+    return 1.0 - found * (1.0 - 1.0 / p["l2_gain"])
 
 
 def cached_parts(items: Array, new: Array, cached: Array, hardware: Hardware) -> Array:

@@ -23,13 +23,24 @@ from simmoe.costs.operators.attention_kernel import (
     decode_kernel_s,
     prefill_kernel_s,
 )
-from simmoe.costs.operators.base import Array, Features, Operator, Parameters, peak_flop_per_s
+from simmoe.costs.operators.base import Array, Features, Operator, Parameter, Parameters, peak_flop_per_s
 from simmoe.specs.hardware import Hardware
 from simmoe.specs.measurement import Table
 
 ELEMENT_BYTES = 2.0  # queries and outputs stay in 16 bit
 QUERY_TILE = 128  # query rows of one prefill work item; decode packs a KV head's queries in 64
 DECODE_TILE = 64
+# FlashAttention 3 lays a batch out with one thread block up to here, with many beyond (PREPARE_VARLEN_MAX_BATCHES_1CTA
+# in its flash_api.cpp): measured times grow with requests up to 512 and hardly from there to 1,024.
+LAYOUT_REQUESTS = 992.0
+FILL = Parameter(
+    name="fill",
+    unit="s",
+    default=5e-6,
+    lower=1e-8,
+    upper=3e-5,
+    meaning="Time until device memory delivers at its rate, and to run dry.",
+)
 
 
 def decode_features(
@@ -87,7 +98,7 @@ def decode_work(f: Features) -> DecodeWork:
     batch, context, width = f["batch"], f["context_tokens"], f["head_dim"] + f["v_head_dim"]
     tiles = f["kv_heads"] * np.ceil(f["heads"] / f["kv_heads"] / DECODE_TILE)
     return DecodeWork(
-        batch=batch,
+        laid_out=np.minimum(batch, LAYOUT_REQUESTS),
         context=context,
         items=batch * tiles,
         kv_bytes=batch * context * f["kv_heads"] * width * f["kv_element_bytes"],
@@ -132,7 +143,7 @@ def _needs_reshape(f: Features) -> Array:
 
 
 def _decode_seconds(f: Features, p: Parameters, hardware: Hardware, cold: bool) -> Array:
-    return decode_kernel_s(decode_work(f), p, hardware, cold=cold)
+    return decode_kernel_s(decode_work(f), p, hardware, cold=cold, fill_s=p[FILL.name])
 
 
 def _prefill_seconds(f: Features, p: Parameters, hardware: Hardware, cold: bool) -> Array:
@@ -179,7 +190,7 @@ GROUP_COLUMNS = ("num_heads", "num_key_value_heads", "head_dim")
 
 ATTENTION_DECODE = Operator(
     name="attention_decode",
-    parameters=DECODE_PARAMETERS,
+    parameters=(*DECODE_PARAMETERS, FILL),
     seconds=_decode_seconds,
     roofline=_decode_roofline,
     features=_decode_columns,

@@ -149,7 +149,7 @@ def decode_work(f: Features) -> DecodeWork:
     width = latent + f["kv_lora_rank"]
     tiles = np.ceil(f["heads"] / f["head_tile"])
     return DecodeWork(
-        batch=batch,
+        laid_out=batch,
         context=context,
         items=batch * tiles * f["splits"],
         kv_bytes=batch * context * latent * f["kv_element_bytes"],
