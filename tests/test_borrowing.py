@@ -123,3 +123,20 @@ def test_wide_decode_steps_on_h20_are_near_the_published_ones(requests, ranks, t
     rows = requests * ranks * verified
     step = Engine(H20, load_model("deepseek-v3"), layout).step(Batch(rows, rows * (4096 + 1536 // 2)))
     assert step.total_s == pytest.approx(requests * accepted / tokens_per_s, rel=0.2)
+
+
+@pytest.mark.parametrize("framework", ["vllm", "sglang", "trtllm"])
+@pytest.mark.parametrize("ep", [1, 4])
+def test_four_bit_blocks_never_decode_slower_than_eight_bit_ones(framework, ep):
+    """Nobody measured nvfp4: it is timed as the engine's kernel of the nearest format, on half the bytes."""
+    b200, model = load_hardware("b200"), load_model("minimax-m2")
+    for requests in (1, 16, 256):
+        batch = Batch(decode_requests=requests, decode_context_tokens=1500.0 * requests)
+        seconds = {
+            name: Engine(
+                b200, model, Deployment(gpus=4, tp=4, ep=ep, engine=framework, weight_precision=name),
+                kernel_times(b200, framework),
+            ).step(batch).total_s
+            for name in ("fp8_block", "nvfp4")
+        }  # fmt: skip
+        assert seconds["nvfp4"] < seconds["fp8_block"]

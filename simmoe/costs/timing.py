@@ -39,8 +39,9 @@ _AGREEMENT = {
     "kernel_source": 6.0,
 }
 _FRAMEWORK = 4.0
-#: Measured formats nearest to ones nobody measured: 4-bit weights whose products run on 16-bit activations. [-]
-_STANDS_IN = {"mxfp4": "bfloat16", "int4": "bfloat16"}
+#: Measured formats nearest to ones nobody measured: 4-bit weights whose products run on 16-bit activations, and 4-bit
+#: weights and activations in scaled blocks.
+_STANDS_IN = {"mxfp4": "bfloat16", "int4": "bfloat16", "nvfp4": "fp8_block"}
 _STAND_IN = 6.0
 #: Farther outside than this is told. [-]
 _BARELY = 1e-3
