@@ -95,6 +95,7 @@ def test_tensorrt_llm_publishes_maximum_load_with_attention_dp_since_it_left_eng
         ("vllm", "fp8", "fp8_block", "bfloat16"),
         ("trtllm", "fp8", "fp8_block", "fp8"),
         ("trtllm", "nvfp4", "nvfp4", "fp8"),
+        ("vllm", "nvfp4", "nvfp4", "fp8"),
         ("trtllm", "fp16", "float16", "bfloat16"),
         ("vllm", "bf16/fp8 unstated", None, "bfloat16"),
     ],
@@ -102,6 +103,27 @@ def test_tensorrt_llm_publishes_maximum_load_with_attention_dp_since_it_left_eng
 def test_precision_words_give_weights_and_cache(engine, words, weights, kv):
     d = describe(row(engine=engine, precision=words)).deployment
     assert (d.weight_precision, d.kv_precision) == (weights, kv)
+
+
+def test_a_launch_script_sets_what_its_rows_leave_out():
+    said = "upstream: SemiAnalysis InferenceX database dump 2026-04-27, config 1"
+    cells = row(model="DeepSeek-R1", gpu="B200-SXM", engine="sglang", precision="fp8", num_gpus=8.0, tp=8.0)
+    d = describe(cells | {"source": said}).deployment
+    assert (d.kv_precision, d.max_num_seqs, d.max_num_batched_tokens, d.memory_fraction) == ("fp8", 128, 32768, 0.82)
+    d = describe(cells | {"source": said, "num_gpus": 4.0, "tp": 4.0}).deployment
+    assert (d.max_num_seqs, d.memory_fraction) == (32, 0.95)
+    assert describe(cells).deployment.kv_precision == "bfloat16"
+    cells = row(model="gpt-oss-120b", gpu="H200-SXM", engine="trtllm", precision="mxfp4", concurrency=48.0)
+    assert describe(cells | {"source": said}).deployment.max_num_seqs == 48
+
+
+def test_a_page_that_names_another_device_than_its_steps_show_is_read_by_its_steps():
+    page = "docs/performance-lab/glm-4.5-air/h100.md result block {} (section: {})"
+    found = describe(row(model="GLM-4.5-Air", source=page.format(9, "Other Benchmark Cases")))
+    assert found.hardware.device.architecture == "Ampere"
+    assert found.deployment.max_num_batched_tokens == 2048
+    other = describe(row(model="GLM-4.5-Air", source=page.format(2, "Choosing")))
+    assert other.hardware.device.architecture == "Hopper"
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from simmoe.specs.speculative import Speculative
 from simmoe.specs.workload import Workload
 from simmoe.validation.cells import Row, Unspoken, integer, text, why
 from simmoe.validation.serving.engine_limits import LIMITS, limits, policy, release
+from simmoe.validation.serving.known_settings import device_of, limits_of
 from simmoe.validation.serving.row_traffic import traffic
 from simmoe.validation.serving.speculative_rows import speculation
 
@@ -128,7 +129,7 @@ def described_parts(row: Row, *, engine: str) -> tuple[Hardware, Model, Deployme
     """Hardware, model and deployment of a row, timed as ``engine``; `Unspoken` where one is unknown."""
     if engine not in LIMITS:
         raise Unspoken(f"engine {engine!r} is not modelled")
-    hardware = _hardware(text(row, "gpu"))
+    hardware = _hardware(device_of(row))
     model = model_named(text(row, "model"))
     gpus = integer(row, "num_gpus")
     if gpus is None:
@@ -184,7 +185,7 @@ def _deployment(row: Row, hardware: Hardware, model: Model, engine: str, gpus: i
         ep = tp * dp
     all_queued = engine == "trtllm" and rate.startswith("inf (all queued)")
     precision, kv = _precision(text(row, "precision"), model, per_tensor=all_queued)
-    if engine == "trtllm" and (precision or "") in _MODELOPT:
+    if (engine == "trtllm" and (precision or "") in _MODELOPT) or (engine == "vllm" and precision == "nvfp4"):
         kv = "fp8"
     total, active = integer(row, "total_experts"), integer(row, "active_experts")
     cap: dict[str, int] = {}
@@ -200,7 +201,7 @@ def _deployment(row: Row, hardware: Hardware, model: Model, engine: str, gpus: i
         gathers = False
     values = {
         "gpus": gpus, "tp": tp, "ep": ep, "dp": dp, "pp": pp, "engine": engine, "engine_version": version or None,
-        "weight_precision": precision, "kv_precision": kv, **bounds, **cap,
+        "weight_precision": precision, "kv_precision": kv, **bounds, **limits_of(row), **cap,
         "exchange": {"algorithm": "gather"} if gathers else {},
     }  # fmt: skip
     try:
@@ -213,7 +214,8 @@ def _deployment(row: Row, hardware: Hardware, model: Model, engine: str, gpus: i
 _GATHERING_RANKS = 8
 #: Below this, over PCIe, TensorRT-LLM scales as if little were exchanged; what it does was not found out. [B/s]
 _NVLINK_BYTES_PER_S = 100e9
-#: Formats whose TensorRT-LLM checkpoints (NVIDIA's ModelOpt) ask for an fp8 KV cache, as InferenceX's recipes do.
+#: Formats whose TensorRT-LLM checkpoints (NVIDIA's ModelOpt) ask for an fp8 KV cache, as InferenceX's recipes do. vLLM
+#: reads ``kv_cache_quant_algo`` of such a checkpoint too (``resolve_kv_cache_dtype_string``); nvfp4 comes in no other.
 _MODELOPT = frozenset({"fp8", "fp8_block", "nvfp4", "mxfp4"})
 #: From this release on, TensorRT-LLM's published maximum-load runs of MoE models use attention data parallelism
 #: (perf-overview.md, "Reproducing Benchmarked Results").
