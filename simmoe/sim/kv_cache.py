@@ -90,7 +90,8 @@ class BlockPool:
     def grow(self, step: int, steps: int) -> int:
         """Hand out what `need` says, and say it."""
         need = self.need(step, steps)
-        self.take(need)
+        assert need <= self.free, (need, self.free)
+        self.free -= need
         return need
 
     def steps_until_short(self, step: int, limit: int) -> int:

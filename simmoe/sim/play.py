@@ -149,7 +149,7 @@ class Play:
                 break
             if end is not None:
                 clock.advance(end)
-                replica.end_knowing(end)
+                replica.account(end)
                 if self._ended:
                     break
         self.events = events

@@ -94,7 +94,7 @@ class Replica:
     def arrive(self, rank: int, request: Request) -> None:
         """Queue a request at one rank now."""
         scheduler = self.ranks[rank - self.first_rank]
-        heeded = scheduler.heeds_arrivals
+        heeded = not self.eventless and scheduler.heeds_arrivals
         if self._unseen is None:
             scheduler.waiting.append(request)
         else:
@@ -202,31 +202,27 @@ class Replica:
         steps = self._steps
         if steps == 1:
             return now + self._first
-        ticks = window_ticks(self._first, self._growth, steps)
+        ticks = steps * self._first + self._growth * (steps * (steps - 1) // 2)
         if arrival is not None and arrival - now < ticks:
             single = self._single
             if single.heeds_arrivals if single is not None else any(rank.heeds_arrivals for rank in self.ranks):
                 self._steps, ticks = boundary(self._first, self._growth, arrival - now)
         return now + ticks
 
-    def end_knowing(self, now: int) -> None:
-        """Account for the steps of `begin_knowing`."""
-        self._stepping = False
-        self._account(self._steps, now)
-
     def _end(self, event: simpy.Event) -> None:
         """Account for the steps just done; at the same instant, once all replicas have, go on."""
         if event is not self._awaited:
             return
-        self._stepping = False
-        self._account(self._steps, self.clock._now)  # noqa: SLF001
+        self.account(self.clock._now)  # noqa: SLF001
         if self._alone:
             self._begin()
         else:
             self._awaited = At(self.clock, 0, self._begin_priority, self._begin)
 
-    def _account(self, steps: int, now: int) -> None:
-        """Complete ``steps`` of the planned steps, the last of which ended ``now``, on every rank."""
+    def account(self, now: int) -> None:
+        """Complete the steps under way, the last of which ended ``now``, on every rank."""
+        self._stepping = False
+        steps = self._steps
         rank = self.first_rank
         for scheduler in self.ranks:
             decoding, chunks = 0 if scheduler.pausing else scheduler.decoding, scheduler.chunks
@@ -235,7 +231,12 @@ class Replica:
                 running = scheduler.decoding + len(chunks)
                 accepted = scheduler.accepted(decoding, steps) if scheduler.width > 1 else 0
                 finished = scheduler.complete(steps, now)
-                self._log(rank, scheduler, decoding, resumed, running, accepted)
+                plain = scheduler.width == 1 and not (chunks or resumed)
+                computed, sampled = (0, 0.0) if plain else self._tokens(scheduler, decoding, resumed, accepted)
+                self._recorder.window(
+                    rank, self._start, steps, self._first, self._growth, decoding - resumed, computed, sampled,
+                    running, scheduler.blocks_held,
+                )  # fmt: skip
                 if scheduler.gaps:
                     for gap, count in scheduler.gaps:
                         self._recorder.gap(now, gap, count)
@@ -254,7 +255,7 @@ class Replica:
             if done:
                 last = self._start + window_ticks(self._first, self._growth, done)
                 self._steps = done
-                self._account(done, last)
+                self.account(last)
             self._stepping = False
         self._awaited = None
         if self._unseen is not None:
@@ -266,9 +267,10 @@ class Replica:
             for request in scheduler.lose_everything(last)
         ]
 
-    def _log(self, rank: int, scheduler: Scheduler, decoding: int, resumed: int, running: int, accepted: int) -> None:
-        """Log the steps; the gaps of ``resumed`` requests, longer than the step, are recorded apart.
+    def _tokens(self, scheduler: Scheduler, decoding: int, resumed: int, accepted: int) -> tuple[int, float]:
+        """Tokens computed beside one for each of ``decoding`` in each step, and sampled beside those for the log.
 
+        The gaps of ``resumed`` requests, longer than the step, are recorded apart.
         ``accepted``: drafts, also beyond requests' ends. [grains]
         """
         computed, sampled = 0, float(resumed)
@@ -279,10 +281,7 @@ class Replica:
             computed += decoding * self._steps * (scheduler.width - 1)
             sampled += (accepted - scheduler.overshoot) / scheduler.pool.grain
             scheduler.overshoot = 0
-        self._recorder.window(
-            rank, self._start, self._steps, self._first, self._growth, decoding - resumed, computed, sampled,
-            running, scheduler.blocks_held,
-        )  # fmt: skip
+        return computed, sampled
 
     def close(self) -> None:
         """The run is over: log the steps under way (the metrics cut them at its end) and whoever is still here."""
@@ -293,6 +292,10 @@ class Replica:
             if self._stepping and (decoding or scheduler.chunks):
                 resumed = decoding if scheduler.paused else 0
                 accepted = scheduler.accepted(decoding, self._steps) if scheduler.width > 1 else 0
-                self._log(rank, scheduler, decoding, resumed, len(scheduler.running), accepted)
+                self._recorder.window(
+                    rank, self._start, self._steps, self._first, self._growth, decoding - resumed,
+                    *self._tokens(scheduler, decoding, resumed, accepted), len(scheduler.running),
+                    scheduler.blocks_held,
+                )  # fmt: skip
             for request in (*scheduler.running, *scheduler.waiting):
                 self._recorder.unfinished(request, rank)

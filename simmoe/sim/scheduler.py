@@ -29,7 +29,7 @@ NEVER = sys.maxsize
 
 
 class Scheduler:
-    """State of one rank. A step is `plan`, then `complete`; what was planned stands in ``chunks`` and ``steps``.
+    """State of one rank. A step is `plan`, then `complete`; what was planned stands in ``chunks`` and ``decoding``.
 
     Parameters
     ----------
@@ -69,7 +69,6 @@ class Scheduler:
         "prefixes",
         "running",
         "step",
-        "steps",
         "stride",
         "tier",
         "waiting",
@@ -116,8 +115,6 @@ class Scheduler:
         self.step = 0
         self.chunks: list[tuple[Request, int, int]] = []
         """Prompt chunks of the planned step: request, new tokens, tokens cached before."""
-        self.steps = 0
-        """Steps for which the planned batch holds unless somebody arrives."""
         self.gaps: list[tuple[int, int]] = []
         """Inter-token gaps longer than their step (by a preemption, a move or a pause) and how many, since the last
         look. [ticks]"""
@@ -146,8 +143,8 @@ class Scheduler:
 
     def can_ever_hold(self, request: Request) -> bool:
         """Whether the request alone fits the KV cache, and a step if prompts are not chunked."""
-        fits = self.most_blocks(request) <= self.pool.total
-        return fits and (self.chunks_prompts or request.input_tokens <= self.max_num_batched_tokens)
+        whole = self.chunks_prompts or request.input_tokens <= self.max_num_batched_tokens
+        return whole and self.most_blocks(request) <= self.pool.total
 
     def most_blocks(self, request: Request) -> int:
         """Blocks at a request's end: its last token is sampled, never cached, but its last step may overshoot."""
@@ -161,13 +158,14 @@ class Scheduler:
         self.loading = 0
         self.pausing = False
         if not (self.waiting or self.partial or self.paused):  # nothing to decide while blocks last
-            self.steps = steps = self._steps_alike(NEVER)
-            if steps or not self.decoding:
+            if not self.decoding:
+                return 0
+            step = self.step
+            if steps := self.pool.steps_until_short(step, self._finishing_steps[0] - step):
                 return steps
         self.horizon = NEVER
         settled = self.policy(self, now)
-        self.steps = 1 if self.chunks or self.paused or not settled else self._steps_alike(self.horizon)
-        return self.steps
+        return 1 if self.chunks or self.paused or not settled else self._steps_alike(self.horizon)
 
     def _steps_alike(self, most: int) -> int:
         """Decode steps of the same requests, at most so many, until one ends or blocks are short."""
@@ -285,7 +283,7 @@ class Scheduler:
         self.running.clear()
         self.waiting.clear()
         self.partial = None
-        self.decoding = self.context = self.steps = 0
+        self.decoding = self.context = 0
         self.chunks = []
         self.paused.clear()
         self.pausing = False
