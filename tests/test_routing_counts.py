@@ -67,4 +67,5 @@ def test_most_tiles_of_unlike_ranks_equal_the_sum_over_all_outcomes():
     exact = float((law[0][:, None, None] * law[1][None, :, None] * law[2][None, None, :] * outcome).sum())
     held = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     mean, variance = (trials * chance)[None], (trials * chance * (1 - chance))[None]
-    assert expected_tiles_of_maximum(mean, variance, np.array([4.0]), held)[0] == pytest.approx(exact, rel=2e-3)
+    most = expected_tiles_of_maximum(mean, variance, np.array([4.0]), held, np.array([1, 1]))
+    assert most[0] == pytest.approx(exact, rel=2e-3)

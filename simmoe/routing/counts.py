@@ -22,7 +22,9 @@ _NORMAL_GRID = np.linspace(-8.5, 8.5, 3401)
 _NORMAL_CDF = np.array([0.5 * math.erfc(-z / math.sqrt(2.0)) for z in _NORMAL_GRID])
 
 
-def expected_tiles_of_maximum(mean: Array, variance: Array, tile: Array, held: Array) -> Array:
+def expected_tiles_of_maximum(
+    mean: Array, variance: Array, tile: Array, ranks: Array, alike: NDArray[np.intp]
+) -> Array:
     r"""Mean of the most tiles any rank fills, the sum of :math:`\lceil c / m \rceil` over the counts it holds.
 
     The distribution of each count's tiles is read off its own, that of a rank's sum is their convolution, and ranks are
@@ -35,8 +37,10 @@ def expected_tiles_of_maximum(mean: Array, variance: Array, tile: Array, held: A
         Per batch and class of counts. [tokens], [tokens**2]
     tile : ndarray, shape (B,)
         m, tile height. [tokens]
-    held : ndarray, shape (G, D)
-        Counts of each class on each rank.
+    ranks : ndarray, shape (G, R)
+        Counts of each class on each kind of rank.
+    alike : ndarray, shape (R,)
+        Ranks of each kind.
 
     Returns
     -------
@@ -45,26 +49,26 @@ def expected_tiles_of_maximum(mean: Array, variance: Array, tile: Array, held: A
     if not len(mean):
         return np.zeros(0)
     deviation, height = np.sqrt(variance), tile[:, None]
-    reach = math.sqrt(2.0 * math.log(1e5 * held.sum()))
+    reach = math.sqrt(2.0 * math.log(1e5 * float(ranks.sum(axis=0) @ alike)))
     low = np.floor(np.maximum(mean - 4.5 * deviation, 0.0) / height)
     high = np.ceil((mean + reach * deviation + 6.0) / height)
     width = int((high - low).max()) + 1
     count = np.floor((low[:, :, None] + np.arange(width)) * height[:, :, None])
     cdf = count_cdf(count, mean[:, :, None], variance[:, :, None])
     cdf[:, :, -1] = 1.0
-    ranks, alike = np.unique(held, axis=1, return_counts=True)
     length = 1 << (int(ranks.sum(axis=0).max()) * (width - 1)).bit_length()  # a power of two, quick to transform
     transform = np.fft.rfft(np.diff(cdf, axis=2, prepend=0.0), n=length, axis=2)
     least = low @ ranks
     start = least.max(axis=1)
     place = start.astype(np.intp)[:, None] + np.arange(length)
     log_at_most = np.zeros((len(mean), length))
+    rows = np.arange(len(mean))[:, None]
     for rank, copies in enumerate(alike):
         members = np.repeat(np.arange(len(ranks)), ranks[:, rank].astype(np.intp))
         law = np.cumsum(np.fft.irfft(transform[:, members].prod(axis=1), n=length, axis=1), axis=1)
         law = np.where(law > 1.0 - 1e-12, 1.0, law)  # what the transform rounds is no chance
         at = np.minimum(place - least[:, rank].astype(np.intp)[:, None], length - 1)
-        log_at_most += copies * np.log(np.clip(np.take_along_axis(law, at, axis=1), 1e-300, 1.0))
+        log_at_most += copies * np.log(np.clip(law[rows, at], 1e-300, 1.0))
     return np.asarray(start + (1.0 - np.exp(log_at_most)).sum(axis=1), dtype=np.float64)
 
 

@@ -153,6 +153,7 @@ def expected_load(
     value, of_class = _classes(p)
     held = np.zeros((len(value), ep))  # experts of each class on each rank
     np.add.at(held, (of_class, ranks), 1.0)
+    kinds_of_rank, alike = np.unique(held, axis=1, return_counts=True)
     # counts of one rank vary together; as if independent, each with its share of the rank's variance
     together = float(token_variance.sum() / plain_variance.sum()) if plain_variance.sum() > 0 else 1.0
     few_variance = drawn[:, None] * value * (1.0 - value) * together
@@ -174,7 +175,7 @@ def expected_load(
         most_blocks = np.empty(len(t))
         most_blocks[~few] = _busiest((mean @ held)[~few], spread[~few], (certain @ held)[~few])
         most_blocks[few] = expected_tiles_of_maximum(
-            (drawn[:, None] * value)[few], few_variance[few], (tile / weight)[few], held
+            (drawn[:, None] * value)[few], few_variance[few], (tile / weight)[few], kinds_of_rank, alike
         )
         blocks[tile] = np.clip(most_blocks, np.maximum(distinct, pairs / tile), most)
 
@@ -202,7 +203,7 @@ def _busiest(mean: Array, variance: Array, certain: Array | None = None) -> Arra
         return mean[:, 0]
     base = np.zeros((len(mean), 1)) if certain is None else certain.min(axis=1, keepdims=True)
     count, spread = np.maximum(mean - base, 0.0), np.maximum(variance, 0.0)
-    ranks_alike = all(np.allclose(moment, moment[:, :1], rtol=1e-9, atol=0.0) for moment in (count, spread))
+    ranks_alike = all(np.all(np.abs(m - m[:, :1]) <= 1e-9 * m[:, :1]) for m in (count, spread))
     if ranks_alike:
         return base[:, 0] + expected_maximum(count[:, :1], spread[:, :1], np.array([float(mean.shape[1])]))
     return base[:, 0] + expected_maximum(count, spread)
