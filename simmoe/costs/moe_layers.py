@@ -175,8 +175,8 @@ class MoeLayers:
         return alltoall.group_rank_share(self.pool, k, self._ranks, kind.num_groups, kind.top_groups)
 
     def _wire_bytes(self, phase: str) -> float:
-        """Bytes per element on the wire: activations of 8-bit products go out in 8 bits, results come back in 16."""
-        return 1.0 if phase == "dispatch" and self.precision.experts.compute_bits == 8 else 2.0
+        """Bytes per element on the wire: activations of 8-bit products go out in fp8, results come back in 16 bits."""
+        return alltoall.FP8_BYTES if phase == "dispatch" and self.precision.experts.compute_bits == 8 else 2.0
 
     def dropped_share(self, tokens: float) -> float:
         """Share of (token, expert) pairs that fixed capacity drops in a step of ``tokens`` of the whole group. [-]"""

@@ -24,8 +24,10 @@ from simmoe.specs.hardware import Hardware
 from simmoe.specs.measurement import Table
 
 DEFAULT_SMS = 20.0  # Buffer.num_sms in DeepEP
-#: Bytes an element takes on the wire; nvfp4 sends a scale byte with every 16 elements.
-DTYPE_BYTES = {"bfloat16": 2.0, "default": 2.0, "fp8": 1.0, "nvfp4": 0.5 + 1 / 16}
+#: Bytes an element of fp8 takes on the wire: every 128 elements bring a scale of 32 bits (DeepEP, csrc/deep_ep.cpp).
+FP8_BYTES = 1.0 + 4.0 / 128.0
+#: The same of every format; nvfp4 sends a scale byte with every 16 elements.
+DTYPE_BYTES = {"bfloat16": 2.0, "default": 2.0, "fp8": FP8_BYTES, "nvfp4": 0.5 + 1 / 16}
 LOW_LATENCY = ("deepep_low_latency", "deepep_ll", "trtllm_deepep_ll", "deepep_v2_generation")
 ROW_BYTES = 16384.0  # a bf16 row 8192 wide
 
@@ -36,7 +38,7 @@ PARAMETERS = (
     ),
     Parameter(name="host_s", unit="s", default=3e-5, lower=1e-7, upper=1e-3, meaning="issuing the call from Python"),
     Parameter(name="expert_s", unit="s", default=1e-9, lower=1e-11, upper=1e-6, meaning="per expert in the model"),
-    Parameter(name="link_efficiency", unit="-", default=0.6, lower=0.05, upper=1.5, meaning="of scale-up bandwidth"),
+    Parameter(name="link_efficiency", unit="-", default=0.6, lower=0.05, upper=1.0, meaning="of scale-up bandwidth"),
     Parameter(
         name="sm_bytes_per_s", unit="B/s", default=3.4e10, lower=5e8, upper=1e12, meaning="what one lent SM moves"
     ),
@@ -50,7 +52,7 @@ PARAMETERS = (
     Parameter(name="node_s", unit="s", default=1e-5, lower=1e-9, upper=1e-3, meaning="added by a second node"),
     Parameter(name="node_growth", unit="-", default=1.5, lower=0.2, upper=20.0, meaning="its ratio, 8 nodes over 2"),
     Parameter(
-        name="network_efficiency", unit="-", default=0.85, lower=0.05, upper=1.2, meaning="of scale-out, 2 nodes"
+        name="network_efficiency", unit="-", default=0.85, lower=0.05, upper=1.0, meaning="of scale-out, 2 nodes"
     ),
     Parameter(name="network_gain", unit="-", default=0.8, lower=0.02, upper=2.0, meaning="its ratio, 8 nodes over 2"),
 )
@@ -196,7 +198,7 @@ def features_of(
         What the device still copies while the call is issued, read and written; benchmarks only. [B]
     """
     quick = kernel in LOW_LATENCY
-    width = bytes_per_element if bytes_per_element is not None else (1.0 if phase == "dispatch" else 2.0)
+    width = bytes_per_element if bytes_per_element is not None else (FP8_BYTES if phase == "dispatch" else 2.0)
     lent = sms if sms is not None else (0.0 if quick else DEFAULT_SMS)
     return _build(
         tokens_per_rank, hidden, top_k, num_experts, ranks, nodes, width, lent, 1.0 if quick else 0.0, node_share,
@@ -224,7 +226,7 @@ def features(table: Table) -> Features:
     if "comm_dtype" in table.columns:
         width = np.array([DTYPE_BYTES.get(str(name), np.nan) for name in table.text("comm_dtype")], dtype=np.float64)
     else:
-        width = np.where(phase == "dispatch", 1.0, 2.0)
+        width = np.where(phase == "dispatch", FP8_BYTES, 2.0)
     framework = table.text("framework") if "framework" in table.columns else np.full(table.rows, "")
     trtllm = framework == "trtllm"
     quick = np.isin(table.text("kernel"), LOW_LATENCY)

@@ -128,13 +128,13 @@ def features_of(
     tile_list : float
         Which list of tuned shapes the kernel goes by, see `tuned_tiles.list_number`.
     dispatched : bool
-        True where an all-to-all brought the rank only the pairs it serves (DeepEP). False, as measured: the rank
+        True where an all-to-all brought the rank only the tokens it serves (DeepEP). False, as measured: the rank
         holds all tokens of the expert-parallel group and skips what is not its own.
     """
     tokens = np.asarray(load.tokens, dtype=np.float64)
     one = np.ones_like(tokens)
     if dispatched:
-        tokens = np.minimum(tokens, np.asarray(load.routed_pairs, dtype=np.float64))
+        tokens = _received(tokens, np.asarray(load.routed_pairs, dtype=np.float64), top_k)
     return {
         "tokens": tokens,
         "pairs": np.asarray(load.routed_pairs, dtype=np.float64),
@@ -151,6 +151,12 @@ def features_of(
         "compute_bits": one * compute_bits,
         "tile_list": one * tile_list,
     }
+
+
+def _received(tokens: Array, pairs: Array, top_k: float) -> Array:
+    """Tokens that send a rank at least one of ``pairs``, each of their k picks as likely to be one. [tokens]"""
+    picks = np.maximum(tokens * top_k, 1e-9)
+    return np.asarray(tokens * (1.0 - (1.0 - np.minimum(pairs / picks, 1.0)) ** top_k), dtype=np.float64)
 
 
 def _features(table: Table) -> Features:

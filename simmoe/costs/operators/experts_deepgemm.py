@@ -3,7 +3,8 @@
 Model: that of `simmoe.costs.operators.experts`, with two additions. A forward that is launched kernel by kernel
 (no CUDA graph) cannot be quicker than its launches: p-norm with a host time. Rows that hold the two products
 alone move activations only as GEMM input and output.
-Assumed: what `uniform` layouts of the DeepEP benchmark wake (see `_deepep_load`). Left out: communication.
+Assumed: what `uniform` layouts of the DeepEP benchmark wake (see `_deepep_load`). Its context rows scatter and gather
+all tokens of the group; a served rank only those sent to it. Left out: communication.
 Checked against: profiles/*/moe_wideep_*, moe_grouped_gemm_*, mlp_* by `simmoe calibrate --report`.
 """
 
@@ -103,6 +104,9 @@ def _wideep_features(table: Table) -> Features:
             top_k=top_k,
             num_experts=num_experts,
         )
+        if key["phase"] == "context":
+            # scatter and gather walk all rows the benchmark makes, the whole group's, also those without a local expert
+            part = {**part, "tokens": tokens[rows]}
         _collect(columns, rows, part, table.rows)
     return columns
 
