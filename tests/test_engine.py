@@ -129,6 +129,7 @@ class ScaledTimes:
     """The same kernels on a device slower by a factor: fitted seconds longer, fitted rates lower."""
 
     def __init__(self, times, hardware, factor):
+        self.notes = {}
         self.times, self.hardware, self.kernels = times, hardware, times.kernels
         self.power = {"s": factor, "B/s": 1.0 / factor}  # other units hold no time
         self.choose = times.choose

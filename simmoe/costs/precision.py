@@ -1,10 +1,17 @@
-"""Number formats of a deployment's matrix products: bytes to move, units that multiply, kernels to ask for."""
+"""Number formats of a deployment's matrix products: bytes to move, units that multiply, kernels to ask for.
+
+Where a device has no units for a format, engines keep the weights in it and widen them to 16 bits before they multiply
+(weight-only kernels: Marlin on NVIDIA since Ampere, Triton's moe_wna16 for integers): weights are read as narrow, but
+FLOPs, activations and exchanges are those of 16 bits. What widening takes is left out.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from simmoe.errors import SpecError
 from simmoe.specs.deployment import BYTES_PER_ELEMENT, Deployment
+from simmoe.specs.hardware import Device
 from simmoe.specs.model import Model
 
 
@@ -45,6 +52,13 @@ _FORMATS = {
 }
 #: Formats that checkpoints use for expert weights only; the other matrices stay in bf16.
 EXPERTS_ONLY = frozenset({"mxfp4", "int4"})
+#: Ends the label of a format whose weights alone are narrow.
+WEIGHT_ONLY = "_weight_only"
+#: Formats multiplied by units of their own -> the data sheet's name of these.
+_UNITS = {"fp8": "fp8", "fp8_block": "fp8", "int8": "int8", "nvfp4": "fp4"}
+#: Architectures on which engines widen no 8- or 4-bit floats: vLLM's kernels for them begin with compute capability
+#: 7.5 or 8.0 (Fp8Config.get_min_capability, is_fp4_marlin_supported). Integers have older ones (MoeWNA16Config).
+_INTEGERS_ONLY = frozenset({"Volta"})
 
 
 def precision_of(model: Model, deployment: Deployment) -> Precision:
@@ -54,3 +68,25 @@ def precision_of(model: Model, deployment: Deployment) -> Precision:
     wide = _FORMATS["float32" if name == "float32" else "bfloat16"]
     dense = wide if name in EXPERTS_ONLY else experts
     return Precision(experts=experts, dense=dense, plain=wide)
+
+
+def on_device(found: Precision, device: Device) -> tuple[Precision, str | None]:
+    """Formats as the device multiplies them, and in words what is widened; None: nothing is.
+
+    Raises
+    ------
+    SpecError
+        If no engine serves the format on such a device.
+    """
+    name = found.experts.dtype
+    if device.architecture in _INTEGERS_ONLY and name in ("fp8", "fp8_block", "mxfp4", "nvfp4"):
+        raise SpecError(
+            f"precision {name}: {device.name} has no units for it, and engines widen such weights on Ampere and later "
+            "only; give float16, int8 or int4"
+        )
+    units = _UNITS.get(name)
+    if units is None or getattr(device.peak, units) is not None:
+        return found, None
+    widened = replace(found.experts, dtype=name + WEIGHT_ONLY, activation_bytes=2.0, compute_bits=16.0)
+    note = f"{device.name} has no {units} units: {name} weights are widened to 16 bits before they multiply"
+    return Precision(experts=widened, dense=widened, plain=found.plain), note

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from simmoe.costs.borrowing import DEFAULT_LOG_SIGMA
 from simmoe.costs.calibration import Calibration, OperatorFit, load
 from simmoe.costs.operators.base import Features, Operator
 from simmoe.costs.operators.host import is_host, operator_on
+from simmoe.costs.precision import WEIGHT_ONLY
 from simmoe.errors import CalibrationError
 from simmoe.specs.engines import KernelChoice
 from simmoe.specs.hardware import Hardware
@@ -39,9 +40,10 @@ _AGREEMENT = {
     "kernel_source": 6.0,
 }
 _FRAMEWORK = 4.0
-#: Measured formats nearest to ones nobody measured: 4-bit weights whose products run on 16-bit activations, and 4-bit
+#: Measured formats nearest to ones nobody measured: narrow weights whose products run on 16-bit activations, and 4-bit
 #: weights and activations in scaled blocks.
-_STANDS_IN = {"mxfp4": "bfloat16", "int4": "bfloat16", "nvfp4": "fp8_block"}
+_WEIGHTS_ALONE = ("mxfp4", "int4", *(name + WEIGHT_ONLY for name in ("fp8", "fp8_block", "int8", "nvfp4")))
+_STANDS_IN = {"nvfp4": "fp8_block"} | dict.fromkeys(_WEIGHTS_ALONE, "bfloat16")
 _STAND_IN = 6.0
 #: Farther outside than this is told. [-]
 _BARELY = 1e-3
@@ -83,17 +85,24 @@ class KernelTimes:
         ``cold``: weights come from device memory, as in a layer stack; False only to compare with benchmarks.
         """
         operator = operator_on(operator, self.hardware)
+        hardware = self._integer if variant.get("dtype") == "int8" else self.hardware
         if is_host(self.hardware):
             variant.pop("framework", None)  # of a GPU engine's kernels
         fit = self.choose(operator, variant)
         if fit is None:
-            seconds = operator.seconds(features, operator.defaults, self.hardware, cold)
+            seconds = operator.seconds(features, operator.defaults, hardware, cold)
             return seconds, np.full(np.shape(seconds), DEFAULT_LOG_SIGMA)
-        seconds = operator.seconds(features, self.values(operator, fit), self.hardware, cold)
+        seconds = operator.seconds(features, self.values(operator, fit), hardware, cold)
         distance = np.broadcast_to(borrowing.beyond(fit, features), np.shape(seconds))
         if distance.max(initial=0.0) > _BARELY:
             self._note_extrapolation(operator, fit, features)
         return seconds, np.hypot(self.log_sigma(fit), borrowing.extrapolated_log_sigma(distance))
+
+    @cached_property
+    def _integer(self) -> Hardware:
+        """The hardware as int8 products see it: operators know widths, and 8 bits multiply in the integer units."""
+        device, peak = self.hardware.device, self.hardware.device.peak
+        return self.hardware.vary(device=device.vary(peak=peak.vary(fp8=peak.int8)))
 
     def values(self, operator: Operator, fit: OperatorFit) -> dict[str, float]:
         """A fit's parameters on this device, carried over from the one it was measured on."""

@@ -22,7 +22,7 @@ from simmoe.costs import overlap, pipeline
 from simmoe.costs.attention_layers import AttentionLayers
 from simmoe.costs.layout import active_and_pool
 from simmoe.costs.moe_layers import MoeLayers
-from simmoe.costs.precision import Precision, precision_of
+from simmoe.costs.precision import on_device, precision_of
 from simmoe.costs.speculation import Drafts, drafter
 from simmoe.costs.timing import KernelTimes, kernel_times
 from simmoe.engine.dense_layers import DenseLayers
@@ -54,7 +54,7 @@ class Engine:
     Raises
     ------
     SpecError
-        If the cap or the pool exceeds what the model has.
+        If the cap or the pool exceeds what the model has, or engines do not serve the number format on the device.
     """
 
     def __init__(
@@ -70,7 +70,9 @@ class Engine:
         known = engine_kernels(deployment, hardware.device.architecture)
         self.times = times if times is not None else kernel_times(hardware, deployment.engine, known)
         self.inclusion = inclusion
-        self.precision: Precision = precision_of(model, deployment)
+        self.precision, widened = on_device(precision_of(model, deployment), hardware.device)
+        if widened is not None:
+            self.times.notes[widened] = None
         self.top_k, self.num_experts = active_and_pool(model, deployment)
         self.sigma: dict[str, float | Array] = {}
         self._given = parameters

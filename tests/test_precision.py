@@ -1,0 +1,58 @@
+"""Number formats on devices with and without units for them: narrow weights save reading, units save multiplying."""
+
+import pytest
+
+from simmoe.costs.precision import on_device, precision_of
+from simmoe.engine.engine import Engine
+from simmoe.engine.step import Batch
+from simmoe.errors import SpecError
+from simmoe.specs.deployment import Deployment
+from simmoe.specs.load import load_hardware, load_model
+
+MIXTRAL, V3 = load_model("mixtral-8x7b"), load_model("deepseek-v3")
+FEW, MANY = Batch(4, 4 * 1000), Batch(0, 0, ((8000, 0),))
+
+
+def experts_s(hardware, precision, batch):
+    engine = Engine(load_hardware(hardware), MIXTRAL, Deployment(gpus=8, weight_precision=precision))
+    parts = engine.step(batch).parts
+    return parts["routed_experts"], parts["projections"]
+
+
+@pytest.mark.parametrize(("hardware", "precision"), [("a100", "fp8"), ("a100", "fp8_block"), ("h100", "nvfp4")])
+def test_weights_without_units_are_read_narrow_and_multiplied_in_16_bits(hardware, precision):
+    narrow, wide = experts_s(hardware, precision, FEW), experts_s(hardware, "bfloat16", FEW)
+    assert narrow[0] < 0.75 * wide[0]
+    assert narrow[1] < wide[1]
+    for here, there in zip(experts_s(hardware, precision, MANY), experts_s(hardware, "bfloat16", MANY), strict=True):
+        assert here == pytest.approx(there, rel=0.1)
+
+
+@pytest.mark.parametrize(("hardware", "precision"), [("a100", "int8"), ("h100", "fp8")])
+def test_units_of_their_own_multiply_faster(hardware, precision):
+    assert experts_s(hardware, precision, MANY)[0] < 0.6 * experts_s(hardware, "bfloat16", MANY)[0]
+
+
+def test_integers_multiply_at_the_integer_peak_not_at_that_of_8_bit_floats():
+    assert load_hardware("b300").device.peak.int8 < 0.1 * load_hardware("b300").device.peak.fp8
+    assert experts_s("b300", "int8", MANY)[0] > 4 * experts_s("b300", "fp8", MANY)[0]
+
+
+def test_widening_is_told_once_and_only_where_it_happens():
+    said = {hw: on_device(precision_of(V3, Deployment()), load_hardware(hw).device)[1] for hw in ("a100", "h100")}
+    assert said["h100"] is None
+    assert said["a100"].endswith("has no fp8 units: fp8_block weights are widened to 16 bits before they multiply")
+    engine = Engine(load_hardware("a100"), V3, Deployment(gpus=16, tp=16))
+    assert said["a100"] in engine.times.notes
+
+
+@pytest.mark.parametrize("precision", ["fp8", "fp8_block", "mxfp4", "nvfp4"])
+def test_volta_is_refused_what_no_engine_widens_there(precision):
+    with pytest.raises(SpecError, match=f"^precision {precision}: NVIDIA V100 .* give float16, int8 or int4"):
+        Engine(load_hardware("v100"), MIXTRAL, Deployment(gpus=8, weight_precision=precision))
+
+
+def test_volta_widens_integers():
+    few, many = ([experts_s("v100", name, batch)[0] for name in ("int4", "int8")] for batch in (FEW, MANY))
+    assert few[0] < 0.8 * few[1]
+    assert many[0] == pytest.approx(many[1], rel=0.05)
