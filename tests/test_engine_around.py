@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from simmoe.costs.memory import weights_per_device_bytes
+from simmoe.costs.operators import nccl
 from simmoe.engine.engine import Engine
 from simmoe.engine.step import Batch
 from simmoe.engine.tabulate import step_table
@@ -74,3 +75,35 @@ def test_wide_attention_takes_two_bytes_for_attention_weights_alone() -> None:
     first, second = (e.step(Batch(16, 16 * 700)) for e in slower)
     assert second.projections_s > 1.3 * first.projections_s
     assert second.routed_experts_s == first.routed_experts_s
+
+
+def test_ranks_gather_their_parts_of_the_vocabulary() -> None:
+    """64 sequences x 128,256 logits of 2 B: three quarters of 16.4 MB reach each of four ranks over PCIe's 32 GB/s."""
+    one, four = (engine("l40s", gpus=n).head(np.array([64.0]))[0] for n in (1, 4))
+    least = 0.75 * 64 * 128256 * 2 / 32e9
+    assert least < four - one / 4 < 10 * least  # measured: 0.4 ms on two L40S, 12 ms on eight
+    # between nodes each device brings its share over its own link, as in an all-reduce
+    h100 = engine(gpus=16, model="mixtral-8x7b").dense
+    two_nodes, inside = (
+        float(h100.times.seconds(nccl.OPERATOR, nccl.features_of("all_gather", 1e9, n))[0]) for n in (16, 8)
+    )
+    assert two_nodes - inside == pytest.approx(1e9 / 8 / 2 / 50e9, rel=0.01)
+
+
+def test_an_int4_checkpoint_of_a_dense_model_is_in_four_bits_throughout() -> None:
+    model, d = load_model("llama-3.1-70b"), Deployment(weight_precision="int4")
+    assert weights_per_device_bytes(model, d) == pytest.approx(39.5e9, rel=0.01)  # 37 GB of AWQ, and two tables
+    step = Batch(1, 1000)
+    ratio = engine(model="llama-3.1-70b", weight_precision="int4").step(step).total_s
+    assert ratio < 0.45 * engine(model="llama-3.1-70b").step(step).total_s
+
+
+def test_kimi_k2_5_weighs_what_its_checkpoint_does() -> None:
+    """594 GB published: scales of 16 bits for every 32 weights."""
+    assert weights_per_device_bytes(load_model("kimi-k2.5"), Deployment()) == pytest.approx(594e9, rel=0.005)
+
+
+def test_a_pruned_pool_has_a_smaller_router() -> None:
+    full, half = (engine(model="glm-4.5", gpus=8, total_experts=n) for n in (160, 80))
+    products = [{m.n for m in e._matrices() if m.part == "router"} for e in (full, half)]
+    assert products == [{160}, {80}]

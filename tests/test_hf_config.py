@@ -181,7 +181,7 @@ def test_tied_tables_and_windows_are_honoured():
                 "quant_method": "compressed-tensors",
                 "config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "int", "group_size": 32}}},
             },
-            "int4",
+            "int4_g32",
         ),
         (
             {

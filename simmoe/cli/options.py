@@ -24,7 +24,9 @@ Speculative = Annotated[
 ]
 Cap = Annotated[int | None, typer.Option(help="Cap on active experts per token; costs quality.")]
 Engine = Annotated[str | None, typer.Option(help="vllm, sglang, trtllm or generic.")]
-Precision = Annotated[str | None, typer.Option(help="Weights: bfloat16, fp8, fp8_block, int8, int4, mxfp4, nvfp4.")]
+Precision = Annotated[
+    str | None, typer.Option(help="Weights: bfloat16, fp8, fp8_block, int8, int4, int4_g32, mxfp4, nvfp4.")
+]
 Price = Annotated[float | None, typer.Option(help="USD per device-hour; else the file's.")]
 Deployment = Annotated[Path | None, typer.Option(help="Deployment YAML; flags override it.")]
 Workload = Annotated[Path | None, typer.Option(help="Workload YAML; flags override it.")]

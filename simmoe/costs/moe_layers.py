@@ -332,15 +332,8 @@ class MoeLayers:
 
     def _gathered(self, phase: str, per_rank: Array) -> Array:
         """All-gather of every rank's tokens, or reduce-scatter of what they became, in 16 bits. [s]"""
-        ranks, hardware = self._ranks, self.times.hardware
+        ranks = self._ranks
         message = per_rank * ranks * self.model.hidden * 2.0
-        if self.nodes > 1:
-            self.sigma[phase] = 0.5
-            inside = min(ranks, hardware.devices_per_node)
-            link = hardware.scale_out or hardware.scale_up
-            return collectives.ring_all_gather_s(message, inside, hardware.scale_up) + collectives.ring_all_gather_s(
-                message, self.nodes, link
-            )
         operation = "all_gather" if phase == "dispatch" else "reduce_scatter"
         features = nccl.features_of(operation, message, ranks)
         seconds, self.sigma[phase] = self.times.seconds(nccl.OPERATOR, features, operation=operation)

@@ -47,11 +47,12 @@ _FORMATS = {
     "fp8_block": Format("fp8_block", BYTES_PER_ELEMENT["fp8_block"], 1.0, 8.0),
     "int8": Format("int8", 1.0, 1.0, 8.0),
     "int4": Format("int4", BYTES_PER_ELEMENT["int4"], 2.0, 16.0),
+    "int4_g32": Format("int4", BYTES_PER_ELEMENT["int4_g32"], 2.0, 16.0),
     "mxfp4": Format("mxfp4", BYTES_PER_ELEMENT["mxfp4"], 2.0, 16.0),
     "nvfp4": Format("nvfp4", BYTES_PER_ELEMENT["nvfp4"], BYTES_PER_ELEMENT["nvfp4"], 4.0),
 }
-#: Formats that checkpoints use for expert weights only; the other matrices stay in bf16.
-EXPERTS_ONLY = frozenset({"mxfp4", "int4"})
+#: Formats that checkpoints of MoE models use for expert weights only; the other matrices stay in bf16.
+EXPERTS_ONLY = frozenset({"mxfp4", "int4", "int4_g32"})
 #: Ends the label of a format whose weights alone are narrow.
 WEIGHT_ONLY = "_weight_only"
 #: Formats multiplied by units of their own -> the data sheet's name of these.
@@ -66,7 +67,7 @@ def precision_of(model: Model, deployment: Deployment) -> Precision:
     name = deployment.weight_precision or model.native_precision
     experts = _FORMATS[name]
     wide = _FORMATS["float32" if name == "float32" else "bfloat16"]
-    dense = wide if name in EXPERTS_ONLY else experts
+    dense = wide if name in EXPERTS_ONLY and model.experts is not None else experts
     return Precision(experts=experts, dense=dense, plain=wide)
 
 

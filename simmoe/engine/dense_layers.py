@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from simmoe.costs.operators import allreduce, elementwise, gemm, host_glue
+from simmoe.costs.operators import allreduce, elementwise, gemm, host_glue, nccl
 from simmoe.costs.operators.host import is_host
 from simmoe.costs.precision import Precision
 from simmoe.costs.timing import KernelTimes
@@ -22,6 +22,9 @@ from simmoe.specs.hardware import Hardware
 from simmoe.specs.model import Model
 
 Array = NDArray[np.float64]
+
+#: Gathers larger than any measured take as long as their pieces. [B]
+_LARGEST_GATHER_BYTES = 2.0**29
 
 
 @dataclass
@@ -96,7 +99,7 @@ class DenseLayers:
         )
 
     def head(self, sequences: Array) -> Array:
-        """Vocabulary projection of the sequences that sample, and the drawing of their tokens. [s]"""
+        """Vocabulary projection of the sequences that sample, gathered from all ranks, and drawing their tokens. [s]"""
         d, m, p = self.deployment, self.model, self.precision.plain
         count = np.asarray(sequences, dtype=np.float64)
         local = np.maximum(np.ceil(count / (d.dp * d.pp)), 1.0)
@@ -107,10 +110,20 @@ class DenseLayers:
         seconds, sigma = self.times.seconds(gemm.OPERATOR, features, dtype=p.dtype)
         self.sigma["head"] = float(sigma[0])  # grows with the vocabulary's shape, which all rows share
         seconds = seconds * self.parameters.kernel_slowdown + self._nucleus(local)
+        if d.tp_size > 1:
+            seconds = seconds + self._logits_gathered(local)
         if is_host(self.hardware):
             glue = host_glue.step_features(local, m.vocab / d.tp_size)
             seconds = seconds + self.times.seconds(host_glue.HOST_GLUE, glue, part="step", dtype=p.dtype)[0]
         return np.where(count > 0, seconds, 0.0)
+
+    def _logits_gathered(self, sequences: Array) -> Array:
+        """All-gather of the ranks' parts of the vocabulary, 16 bits, as vLLM, SGLang and TensorRT-LLM do. [s]"""
+        message = sequences * self.model.vocab * 2.0
+        piece = np.minimum(message, _LARGEST_GATHER_BYTES)
+        features = nccl.features_of("all_gather", piece, self.deployment.tp_size)
+        seconds, _ = self.times.seconds(nccl.OPERATOR, features, framework="nccl", operation="all_gather")
+        return seconds * message / piece
 
     def _nucleus(self, sequences: Array) -> Array:
         """Sorting and summing the whole vocabulary of every sequence, where top-p or top-k sampling needs it. [s]"""

@@ -146,7 +146,8 @@ class Engine:
             reduced = not self._exchanges_tokens or d.exchange.algorithm == "gather"
             after_ffn = m.layers if reduced else m.dense_layers
             message = local * m.hidden * 2.0
-            parts["all_reduce"] = (m.layers + after_ffn) * self.dense.all_reduce(message)
+            across = m.layers if m.encoder is not None else 0  # cross-attention ends in sums over the ranks too
+            parts["all_reduce"] = (m.layers + across + after_ffn) * self.dense.all_reduce(message)
         parts["elementwise"] = self.dense.elementwise(local)
         self.sigma |= self.dense.sigma
         slow = self.parameters.kernel_slowdown

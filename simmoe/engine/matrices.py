@@ -36,7 +36,8 @@ def token_matrices(model: Model, deployment: Deployment, *, replicated: bool, fu
         shapes += _pair("dense_ffn", m.dense_layers, m.hidden, m.dense_inter_size / tp, m.dense_matrices)
     e = m.experts
     if e is not None:
-        shapes.append(Matrix("router", m.moe_layers, e.num_experts, m.hidden, quantised=False))
+        pool = deployment.total_experts or e.num_experts
+        shapes.append(Matrix("router", m.moe_layers, pool, m.hidden, quantised=False))
         if e.shared_inter_size and not fused:
             width = e.shared_inter_size / (1 if replicated else tp)
             shapes += _pair("shared_experts", m.moe_layers, m.hidden, width, e.matrices)

@@ -46,6 +46,7 @@ class Device(Spec):
             "mxfp4": ("fp4", "fp8", "bfloat16"),
             "nvfp4": ("fp4", "fp8", "bfloat16"),
             "int4": ("bfloat16",),
+            "int4_g32": ("bfloat16",),
             "fp8": ("fp8", "bfloat16"),
             "fp8_block": ("fp8", "bfloat16"),
             "int8": ("int8", "bfloat16"),

@@ -293,13 +293,14 @@ def _native_precision(c: Config) -> str:
     if method == "mxfp4":
         return "mxfp4"
     if method in {"awq", "gptq"} and quantised.get("bits") in {4, None}:
-        return "int4"
+        return "int4_g32" if quantised.get("group_size") == 32 else "int4"
     if method == "compressed-tensors":
         groups = quantised.get("config_groups") or {}
         weights: Config = next((g["weights"] for g in groups.values() if isinstance(g.get("weights"), Mapping)), {})
         kind = (weights.get("type"), weights.get("num_bits"))
         blocks = weights.get("strategy") == "block"
-        known = {("float", 8): "fp8_block" if blocks else "fp8", ("int", 8): "int8", ("int", 4): "int4"}
+        four = "int4_g32" if weights.get("group_size") == 32 else "int4"
+        known = {("float", 8): "fp8_block" if blocks else "fp8", ("int", 8): "int8", ("int", 4): four}
         if kind in known:
             return known[kind]
     if method == "modelopt" and "FP4" in str(quantised.get("quant_algo", "")).upper():

@@ -1,11 +1,12 @@
-"""Time of NCCL collectives inside a node: all-reduce, all-gather, reduce-scatter, all-to-all.
+"""Time of NCCL collectives: all-reduce, all-gather, reduce-scatter, all-to-all.
 
 Model: the better of two protocols, each alpha + bytes / (efficiency x link bandwidth): a low-latency one that sends
 data with flags, and a simple one that needs more synchronisation but fills the link. Bytes per rank: all-reduce
 2 n (p-1)/p, the others n (p-1)/p with n the size given to nccl-tests. Latencies and efficiencies follow power laws
 in the ranks, pinned by the 2 and 8 measured (large all-reduces of 8 ranks on Hopper beat the ring's bound,
-probably by adding inside the NVLink switch, hence ratios above 1). Left out: between nodes (use
-`simmoe.costs.collectives`), tuning by environment variables. Compared with: profiles/*/nccl_*.
+probably by adding inside the NVLink switch, hence ratios above 1). Between nodes a ring of each device's share over
+its own network link comes on top, from the data sheet alone. Left out: an all-to-all's way between nodes (see
+`simmoe.costs.exchange`), tuning by environment variables. Compared with: profiles/*/nccl_*.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
+from simmoe.costs import collectives
 from simmoe.costs.operators.allreduce import rank_law
 from simmoe.costs.operators.base import Array, Features, Operator, Parameter, Parameters
 from simmoe.specs.hardware import Hardware
@@ -42,8 +44,8 @@ PARAMETERS = (
 
 def seconds(features: Features, parameters: Parameters, hardware: Hardware, cold: bool) -> Array:  # noqa: ARG001
     """Predicted time; one rank: 0. [s]"""
-    p = features["ranks"]
-    sent = _sent_bytes(features)
+    p = np.minimum(features["ranks"], hardware.devices_per_node)
+    sent = _sent_bytes(features, p)
     bandwidth = hardware.scale_up.bandwidth
 
     def protocol(name: str, latency: str, growth: str) -> Array:
@@ -53,17 +55,21 @@ def seconds(features: Features, parameters: Parameters, hardware: Hardware, cold
     quick = protocol("low_latency", "alpha_s", "alpha_growth")
     simple = protocol("simple", "simple_s", "simple_growth")
     best = (quick**-SHARPNESS + simple**-SHARPNESS) ** (-1.0 / SHARPNESS)
-    return np.where(p > 1, best, 0.0)
+    n, passes = features["message_bytes"], features["passes"]
+    if hardware.fabric is not None and hardware.fabric.torus:
+        return passes * collectives.torus_all_reduce_s(n, features["ranks"], hardware) / PASSES["all_reduce"]
+    outside = passes * collectives.between_nodes_all_reduce_s(n, features["ranks"], hardware) / PASSES["all_reduce"]
+    return np.where(p > 1, best, 0.0) + outside
 
 
 def roofline(features: Features, hardware: Hardware) -> Array:
     """Bytes sent over the data sheet's bandwidth, no latency. [s]"""
-    return _sent_bytes(features) / hardware.scale_up.bandwidth
+    p = np.minimum(features["ranks"], hardware.devices_per_node)
+    return _sent_bytes(features, p) / hardware.scale_up.bandwidth
 
 
-def _sent_bytes(features: Features) -> Array:
-    """Bytes each rank sends. [B]"""
-    p = features["ranks"]
+def _sent_bytes(features: Features, p: Array) -> Array:
+    """Bytes each of ``p`` ranks of a node sends inside it. [B]"""
     return np.asarray(features["passes"] * features["message_bytes"] * (p - 1.0) / p, dtype=np.float64)
 
 
