@@ -18,6 +18,7 @@ import numpy as np
 
 from simmoe.costs.kv_offload import host_tier_of
 from simmoe.costs.memory import MemoryFootprint
+from simmoe.engine.step import Batch, StepTable
 from simmoe.errors import SpecError
 from simmoe.metrics import Quantiles, RequestTable, ServingMetrics, meets
 from simmoe.output_analysis import batch_means_interval, t_interval
@@ -26,6 +27,7 @@ from simmoe.provenance import Provenance, stamp
 from simmoe.series import Series, StageMetrics, interval_series, stage_metrics
 from simmoe.sim.cluster import SimulationResult, simulate
 from simmoe.sim.disaggregated import Handover, transfer_of
+from simmoe.sim.failures import losses_per_request
 from simmoe.sim.offload_books import bookkeeping_of
 from simmoe.sim.pool import PoolSetup
 from simmoe.specs.engines import EngineParameters
@@ -39,6 +41,8 @@ from simmoe.units import text
 #: Measured requests of an endless workload if nothing is said.
 DEFAULT_REQUESTS = 2000
 _INTERVALS = 60
+#: A request alone that is lost more often than this before it ends makes runs that hardly end. [-]
+MOST_LOSSES = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +127,7 @@ def run_scenario(
     """
     s, plan = scenario, scenario.run
     parts = compiled_for(s.hardware, s.model, s.deployment, s.workload)
+    _check_failures(s, parts.table)
     handover = _handover(s)
     requests = plan.requests
     if requests is None and plan.duration is None and not _ends(s.workload):
@@ -160,6 +165,25 @@ def run_scenario(
         overloads=tuple(_overloads(runs[0], s.workload)),
         notes=(*_notes(s, runs), *beyond, *outpaced(seen[0], s.workload), *parts.engine.times.notes),
     )
+
+
+def _check_failures(s: Scenario, table: StepTable) -> None:
+    """SpecError if replicas fail so often that requests are hardly ever served to their end."""
+    if s.cluster.failures is None:
+        return
+    prompt, output = s.workload.input.mean, s.workload.output.mean
+    context = round(prompt + output / 2)
+    chunk = min(context, table.max_tokens)
+    prompt_s = context / chunk * table.step_s(Batch(0, 0, ((chunk, 0),)))
+    steps = (output - 1) / float(s.deployment.tokens_per_decode)
+    output_s = steps * table.decode_s(1, context)
+    lost = losses_per_request(s.cluster.failures, prompt_s, output_s)
+    if lost > MOST_LOSSES:
+        raise SpecError(
+            f"cluster.failures.mean_time_between: {text(s.cluster.failures.mean_time_between, 's')} is too short: a "
+            f"request of {prompt:.4g} input and {output:.4g} output tokens takes {text(prompt_s + output_s, 's')} "
+            f"alone and would be lost {lost:.3g} times before it ends; give that long at least"
+        )
 
 
 def _beyond_context(run: SimulationResult, model: Model) -> tuple[str, ...]:

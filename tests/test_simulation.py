@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ from simmoe.output_analysis import t_95, t_interval
 from simmoe.series import _held, interval_series, stage_metrics
 from simmoe.sim import chrome_trace
 from simmoe.sim.cluster import simulate
+from simmoe.sim.failures import losses_per_request
 from simmoe.simulation import run_scenario
+from simmoe.specs.cluster import Failures
 from simmoe.specs.scenario import load_scenario
 from simmoe.specs.workload import Lengths, Workload
 
@@ -347,3 +350,23 @@ def test_requests_longer_than_the_models_context_are_told_and_a_run_of_nothing_e
     refused = run("h100", "--replay", str(trace))
     assert refused.exit_code != 0
     assert "all requests exceed" in str(refused.exception)
+
+
+def test_failures_that_let_hardly_a_request_end_are_refused(tmp_path):
+    often = SCENARIO + "cluster: {failures: {mean_time_between: 10 ms, restart_time: 1 s}}\n"
+    said = r"mean_time_between: 10 ms is too short: .* takes 2\d\d ms alone and would be lost \d+ times before it ends"
+    with pytest.raises(SpecError, match=said):
+        run_scenario(load_scenario(Path(write(tmp_path, often))))
+    assert as_json(write(tmp_path, often.replace("10 ms", "400 ms")))["failures"] > 10
+
+
+def test_losses_of_a_request_are_those_of_a_renewal_process():
+    rule, rng = Failures(mean_time_between=1.0, restart_time=0.0), np.random.default_rng(5)
+    prompt, output, losses = 0.7, 1.6, []
+    for _ in range(20_000):
+        left, lost = output, 0
+        while (up := rng.exponential(1.0)) < prompt + left:
+            left -= max(0.0, up - prompt)
+            lost += 1
+        losses.append(lost)
+    assert losses_per_request(rule, prompt, output) == pytest.approx(np.mean(losses), rel=0.03)

@@ -5,6 +5,7 @@ Left out: failures of single devices that only slow a replica down, common cause
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 
 import numpy as np
@@ -28,3 +29,13 @@ def failing(
             pool.fail(replica)
             yield clock.timeout(restart)
             pool.change(replica, "off" if before == "draining" else "serving")
+
+
+def losses_per_request(failures: Failures, prompt_s: float, output_s: float) -> float:
+    """Mean times a request alone is lost before it ends: after each, its tokens are computed again before the next. [-]
+
+    Of exponential times to failure with mean m, exp(p / m) tries get through p seconds of prompt, and one more loss is
+    met every m seconds of decoding.
+    """
+    prompt, output = prompt_s / failures.mean_time_between, output_s / failures.mean_time_between
+    return math.exp(min(prompt, 700.0)) * (1.0 + output) - 1.0
