@@ -131,16 +131,16 @@ class Play:
         """
         clock, arrivals = self.env, self._arrivals
         upcoming = next(arrivals, None)
-        events = 0
+        events = now = 0
         while True:
-            end = replica.begin_knowing(clock.now, upcoming)
+            end = replica.begin_knowing(now, upcoming)
             events += 1
             until = upcoming if end is None else end
             if until is None:  # nobody here and nobody to come
                 self._no_more()
                 break
             while upcoming is not None and upcoming <= until:
-                clock.advance(upcoming)
+                clock.advance(now := upcoming)
                 events += 1
                 upcoming = next(arrivals, None) if self._issue() else None
                 if upcoming is None:
@@ -148,7 +148,7 @@ class Play:
             if self._ended:
                 break
             if end is not None:
-                clock.advance(end)
+                clock.advance(now := end)
                 replica.account(end)
                 if self._ended:
                     break

@@ -83,7 +83,7 @@ def no_evict(s: Scheduler, now: int) -> bool:
     token budget as in `vllm`.
     """
     pool = s.pool
-    reserved = sum(map(s.most_blocks, s.running)) if s.waiting else 0
+    reserved = s.final_blocks
     budget = s.max_num_batched_tokens - s.decoding * s.width
     partial = s.partial
     if partial is not None:
@@ -141,8 +141,7 @@ def prefill_first(s: Scheduler, now: int) -> bool:
         s.chunks.append((partial, new, cached))
     seats = s.max_num_seqs - len(s.running)
     if s.waiting and seats and budget:
-        total = sum(r.input_tokens + r.output_tokens - 1 for r in s.running)
-        total -= sum(r.target for r in s.running if r.finish_step < 0)
+        total = s.final_tokens - (0 if partial is None else partial.target)
         remaining = total - s.context / pool.grain
     while s.waiting and seats and budget:
         head = s.waiting[0]

@@ -120,6 +120,8 @@ class Pool:
             )
             for i in range(count)
         ]
+        self.can_ever_hold = self.replicas[0].ranks[0].can_ever_hold
+        """Whether a request alone fits the KV cache of a rank."""
         self.blocks_per_rank = self.replicas[0].ranks[0].pool.total
         self.outstanding = [0] * (count * dp)
         self.taking: list[int] = []
@@ -135,10 +137,6 @@ class Pool:
         self._route = route
         self._left = finished
         self._refresh()
-
-    def can_ever_hold(self, request: Request) -> bool:
-        """Whether the request alone fits the KV cache of a rank."""
-        return self.replicas[0].can_ever_hold(request)
 
     @property
     def in_system(self) -> int:

@@ -106,10 +106,6 @@ class Replica:
         elif heeded and self._stepping and self._steps > 1:
             self._cut()
 
-    def can_ever_hold(self, request: Request) -> bool:
-        """Whether the request alone fits the KV cache of a rank."""
-        return self.ranks[0].can_ever_hold(request)
-
     def _cut(self) -> None:
         """End the window at the first step boundary from now on."""
         elapsed = self.clock.now - self._start

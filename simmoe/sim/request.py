@@ -14,6 +14,7 @@ class Request:
         "arrival",
         "cached",
         "drawn",
+        "final_blocks",
         "finish_step",
         "first_token",
         "generated",
@@ -46,6 +47,8 @@ class Request:
         """Output tokens; kept up to date outside decoding only."""
         self.finish_step = -1
         """Rank step count at which it will have its last token, while decoding."""
+        self.final_blocks = 0
+        """Blocks it will hold at its end, while running."""
         self.joined = -1
         """Rank step count at which it began to decode."""
         self.drawn = 0

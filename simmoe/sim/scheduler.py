@@ -44,6 +44,7 @@ class Scheduler:
     """
 
     __slots__ = (
+        "_beyond",
         "_finishing",
         "_finishing_steps",
         "acceptance",
@@ -53,6 +54,8 @@ class Scheduler:
         "context",
         "decoding",
         "drawn_pool",
+        "final_blocks",
+        "final_tokens",
         "gaps",
         "horizon",
         "host",
@@ -94,6 +97,8 @@ class Scheduler:
         self.drawn_pool = pool if isinstance(pool, DrawnPool) else None
         self.width = rows_per_decode
         self.stride = pool.stride
+        self._beyond = -1 - (1 - pool.stride) // pool.grain
+        """Tokens cached at a request's end beyond its own: the last is sampled, but the last step may overshoot."""
         self.tier = tier
         self.host = None if tier is None else HostMemory(tier.tokens // pool.block_tokens)
         self.prefixes = PrefixCache(pool, self.host) if prefix_caching else None
@@ -107,6 +112,10 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: dict[Request, None] = {}
         """In order of admission; the newest is preempted first."""
+        self.final_tokens = 0
+        """Tokens that all running requests will have cached at their ends."""
+        self.final_blocks = 0
+        """Blocks that they would hold if all were at their ends."""
         self.partial: Request | None = None
         """The running request whose prompt is not finished; always the newest."""
         self.decoding = 0
@@ -143,13 +152,12 @@ class Scheduler:
 
     def can_ever_hold(self, request: Request) -> bool:
         """Whether the request alone fits the KV cache, and a step if prompts are not chunked."""
-        whole = self.chunks_prompts or request.input_tokens <= self.max_num_batched_tokens
-        return whole and self.most_blocks(request) <= self.pool.total
+        fits = request.input_tokens + request.output_tokens + self._beyond <= self.pool.total * self.pool.block_tokens
+        return fits and (self.chunks_prompts or request.input_tokens <= self.max_num_batched_tokens)
 
     def most_blocks(self, request: Request) -> int:
-        """Blocks at a request's end: its last token is sampled, never cached, but its last step may overshoot."""
-        pool = self.pool
-        return pool.blocks_of(request.input_tokens + request.output_tokens - 1 - (1 - pool.stride) // pool.grain)
+        """Blocks at a request's end."""
+        return self.pool.blocks_of(request.input_tokens + request.output_tokens + self._beyond)
 
     def plan(self, now: int) -> int:
         """Decide the next step, starting now; return for how many steps it holds (0: nothing to do)."""
@@ -219,12 +227,16 @@ class Scheduler:
         self.pool.take(blocks + reserved)
         request.reserved = reserved
         self.running[request] = None
+        self.final_tokens += request.input_tokens + request.output_tokens - 1
+        request.final_blocks = final = self.most_blocks(request)
+        self.final_blocks += final
         request.cached = cached
         self.chunks.append((request, new, cached))
 
     def preempt_newest(self, now: int) -> None:
         """Take the newest request off the batch and its blocks back; it returns to the head of the queue."""
-        request, _ = self.running.popitem()
+        request = next(reversed(self.running))
+        self._leave(request)
         if request is self.partial:
             self.partial = None
             cached = request.cached
@@ -244,6 +256,12 @@ class Scheduler:
             if self.prefixes is not None:
                 self.prefixes.forget_all(gone)
         self.waiting.appendleft(request)
+
+    def _leave(self, request: Request) -> None:
+        """Take a request out of those running."""
+        del self.running[request]
+        self.final_tokens -= request.input_tokens + request.output_tokens - 1
+        self.final_blocks -= request.final_blocks
 
     def _free(self, request: Request, blocks: int) -> None:
         """Give back ``blocks``; what others can find of them stays in the cache."""
@@ -281,6 +299,7 @@ class Scheduler:
             self.prefixes = PrefixCache(self.pool, self.host)
             self.prefixes.hit_tokens = hit_tokens
         self.running.clear()
+        self.final_tokens = self.final_blocks = 0
         self.waiting.clear()
         self.partial = None
         self.decoding = self.context = 0
@@ -321,7 +340,7 @@ class Scheduler:
                     self.overshoot += self._stop_decoding(request)
                     self.overshoot -= (request.input_tokens + request.output_tokens - 1) * self.pool.grain
                     request.finish_step = -1  # it may stand here twice, if it came back in time
-                    del self.running[request]
+                    self._leave(request)
                     finished.append(request)
         for request, new, cached in self.chunks:
             request.cached = cached + new
@@ -345,7 +364,7 @@ class Scheduler:
         remaining = request.output_tokens - request.generated
         if remaining == 0:
             self._free(request, self.pool.blocks_of(request.cached))
-            del self.running[request]
+            self._leave(request)
             finished.append(request)
             return
         pool = self.pool

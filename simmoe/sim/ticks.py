@@ -28,7 +28,11 @@ def to_ticks(seconds: float) -> int:
 
 def _all_to_ticks(seconds: NDArray[np.float64]) -> list[int]:
     """As `to_ticks`, for many; a scaling by a power of two loses nothing."""
-    return [int(tick) for tick in np.rint(seconds * TICKS_PER_S).tolist()]
+    ticks: NDArray[np.float64] = np.rint(seconds * TICKS_PER_S)
+    if ticks.max(initial=0.0) >= 2.0**63:  # a step of 8 s
+        return [int(tick) for tick in ticks.tolist()]
+    whole: list[int] = ticks.astype(np.int64).tolist()
+    return whole
 
 
 @dataclass(frozen=True, slots=True)
