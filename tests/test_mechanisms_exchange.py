@@ -14,6 +14,7 @@ from simmoe.engine.tabulate import step_table
 from simmoe.errors import CoverageError
 from simmoe.routing.groups import nodes_per_token
 from simmoe.specs.deployment import Deployment
+from simmoe.specs.engines import exchange_algorithm
 from simmoe.specs.hardware import Fabric
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.mechanisms import Exchange
@@ -272,3 +273,37 @@ def test_a_limit_on_groups_saves_traffic_between_nodes_in_bulk_alone():
     )
     assert bulk[1] > 1.15 * bulk[0]
     assert quick[1] == pytest.approx(quick[0])
+
+
+@pytest.mark.parametrize(
+    ("engine", "version", "overlap", "asked", "does"),
+    [
+        ("vllm", None, "none", "auto", "gather"),
+        ("vllm", "0.19.0", "none", "auto", "gather"),
+        ("vllm", "0.11.0", "none", "auto", "gather"),
+        ("vllm", "0.10.2", "none", "auto", "broadcast"),
+        ("vllm", "0.19.0", "two_batch", "auto", "deepep"),
+        ("vllm", "0.10.2", "none", "deepep_normal", "deepep_normal"),
+        ("sglang", "0.5.3", "none", "auto", "deepep"),
+    ],
+)
+def test_left_alone_an_engine_exchanges_as_its_release_does(engine, version, overlap, asked, does):
+    exchange = Exchange(algorithm=asked, overlap=overlap)
+    layout = Deployment(gpus=8, tp=1, dp=8, ep=8, engine=engine, engine_version=version, exchange=exchange)
+    assert exchange_algorithm(layout) == does
+    told = layout.vary(exchange=Exchange(algorithm=does, overlap=overlap))
+    model, batch = load_model("qwen3-30b-a3b"), Batch(64, 64_000)
+    assert Engine(H100, model, layout).step(batch) == Engine(H100, model, told).step(batch)
+
+
+@pytest.mark.parametrize("requests", [8, 64, 1024])
+def test_broadcasting_in_turn_takes_longer_than_gathering_at_once(requests):
+    layout = Deployment(gpus=8, tp=1, dp=8, ep=8, engine="vllm")
+    in_turn, at_once = (
+        Engine(H100, load_model("qwen3-30b-a3b"), layout.vary(engine_version=version)).step(
+            Batch(requests, 1000 * requests)
+        )
+        for version in ("0.10.2", "0.11.0")
+    )
+    assert in_turn.dispatch_s > 2 * at_once.dispatch_s
+    assert in_turn.combine_s > at_once.combine_s

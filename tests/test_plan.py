@@ -305,6 +305,10 @@ def test_launch_lines_carry_the_layout():
     assert "--tensor-parallel-size 2 --data-parallel-size 8" in vllm and "--enable-expert-parallel" in vllm
     assert "--tp-size 16 --dp-size 8 --enable-dp-attention --ep-size 16" in sglang and "--nnodes 2" in sglang
     assert vllm.startswith("vllm serve deepseek-ai/DeepSeek-V3 ")
+    assert "--all2all-backend" not in vllm  # it gathers, unless told to do otherwise
+    told = wide.vary(exchange=wide.exchange.vary(algorithm="deepep"))
+    assert "--all2all-backend deepep_low_latency" in launch.vllm(V3, told, H200)
+    assert "--all2all-backend deepep_high_throughput" in launch.vllm(V3, told, H200, role="prefill")
     for line in (vllm, sglang):
         assert '{"num_experts_per_tok": 6}' in line
 

@@ -28,6 +28,8 @@ from simmoe.routing.groups import nodes_per_token
 from simmoe.routing.layers import LayerKind, layer_kinds
 from simmoe.routing.popularity import cap_inclusion
 from simmoe.specs.deployment import Deployment
+from simmoe.specs.engines import exchange_algorithm
+from simmoe.specs.mechanisms import ExchangeAlgorithm
 from simmoe.specs.model import Experts, Model
 
 Array = NDArray[np.float64]
@@ -96,6 +98,17 @@ class MoeLayers:
     def exchanges_tokens(self) -> bool:
         """Whether experts are spread over data-parallel ranks, so that tokens travel."""
         return self.deployment.exchanges_tokens
+
+    @property
+    def _algorithm(self) -> ExchangeAlgorithm:
+        return exchange_algorithm(self.deployment)
+
+    @property
+    def gathers(self) -> bool:
+        """Whether every rank gets all ranks' tokens."""
+        fabric = self.times.hardware.fabric
+        on_torus = fabric is not None and fabric.torus is not None and self.deployment.exchange.algorithm == "auto"
+        return self._algorithm in ("gather", "broadcast") and not on_torus
 
     @property
     def nodes(self) -> int:
@@ -228,7 +241,7 @@ class MoeLayers:
             weight_bytes=p.weight_bytes,
             activation_bytes=p.activation_bytes,
             compute_bits=p.compute_bits,
-            dispatched=self.exchanges_tokens and d.exchange.algorithm != "gather",
+            dispatched=self.exchanges_tokens and not self.gathers,
         )
         seconds, self.sigma["routed_experts"] = self._block(features, local)
         if d.dispatch.kind == "einsum":
@@ -238,7 +251,8 @@ class MoeLayers:
 
     def _block(self, features: Features, local: Array) -> tuple[Array, Array]:
         d, p = self.deployment, self.precision.experts
-        wide = d.exchange.algorithm.startswith("deepep") or (d.exchange.algorithm == "auto" and self.nodes > 1)
+        told = d.exchange.algorithm.startswith("deepep")
+        wide = told or (self._algorithm == "deepep" and self.nodes > 1)
         if self.exchanges_tokens and wide and d.engine == "sglang" and p.dtype == "fp8_block":
             # DeepEP's layouts go through DeepGEMM: masked rows in low-latency buffers, contiguous ones in bulk
             timed = {
@@ -277,10 +291,9 @@ class MoeLayers:
         return number, stand_in
 
     def _low_latency(self, per_rank: Array) -> NDArray[np.bool_]:
-        chosen = self.deployment.exchange
-        if chosen.algorithm == "auto":
-            return np.asarray(per_rank <= chosen.low_latency_tokens)
-        return np.full(per_rank.shape, chosen.algorithm == "deepep_low_latency")
+        if self._algorithm == "deepep":
+            return np.asarray(per_rank <= self.deployment.exchange.low_latency_tokens)
+        return np.full(per_rank.shape, self._algorithm == "deepep_low_latency")
 
     def held_share(self, local: Array) -> Array:
         """Share of the device that exchange kernels hold over their time, shape of ``local``. [-]
@@ -295,8 +308,8 @@ class MoeLayers:
         """One exchange of one layer, rows of the busiest rank ``sent`` times the even share. [s]"""
         d, hardware = self.deployment, self.times.hardware
         width = self._wire_bytes(phase)
-        algorithm = d.exchange.algorithm
-        if algorithm == "gather":
+        algorithm = self._algorithm
+        if self.gathers:
             return self._gathered(phase, per_rank)
         if hardware.fabric is not None and hardware.fabric.torus and not algorithm.startswith("flat"):
             algorithm = "flat"  # on a torus there is one way
@@ -331,10 +344,19 @@ class MoeLayers:
         return np.where(quick, *(seconds for seconds, _ in chosen))
 
     def _gathered(self, phase: str, per_rank: Array) -> Array:
-        """All-gather of every rank's tokens, or reduce-scatter of what they became, in 16 bits. [s]"""
-        ranks = self._ranks
-        message = per_rank * ranks * self.model.hidden * 2.0
-        operation = "all_gather" if phase == "dispatch" else "reduce_scatter"
-        features = nccl.features_of(operation, message, ranks)
+        """All-gather of every rank's tokens, or reduce-scatter of what they became, in 16 bits. [s]
+
+        ``broadcast``: the ranks send in turn, so that an exchange's fixed time comes once a rank, and all get all sums.
+        """
+        message = per_rank * self._ranks * self.model.hidden * 2.0
+        if self._algorithm == "gather":
+            return self._collective(phase, "all_gather" if phase == "dispatch" else "reduce_scatter", message)
+        if phase == "combine":
+            return self._collective(phase, "all_reduce", message)
+        fixed = self._collective(phase, "all_gather", np.ones_like(message))
+        return self._collective(phase, "all_gather", message) + (self._ranks - 1) * fixed
+
+    def _collective(self, phase: str, operation: str, message: Array) -> Array:
+        features = nccl.features_of(operation, message, self._ranks)
         seconds, self.sigma[phase] = self.times.seconds(nccl.OPERATOR, features, operation=operation)
         return seconds

@@ -143,7 +143,7 @@ class Engine:
             self.sigma |= self.moe.sigma
         if d.tp_size > 1:
             # gathered tokens come back as sums over the ranks of one index, which are reduced once more
-            reduced = not self._exchanges_tokens or d.exchange.algorithm == "gather"
+            reduced = not self._exchanges_tokens or (self.moe is not None and self.moe.gathers)
             after_ffn = m.layers if reduced else m.dense_layers
             message = local * m.hidden * 2.0
             across = m.layers if m.encoder is not None else 0  # cross-attention ends in sums over the ranks too

@@ -16,6 +16,7 @@ import re
 import shlex
 
 from simmoe.specs.deployment import Deployment
+from simmoe.specs.engines import exchange_algorithm
 from simmoe.specs.hardware import Hardware
 from simmoe.specs.model import Model
 
@@ -41,6 +42,9 @@ def vllm(model: Model, replica: Deployment, hardware: Hardware, role: str = "ser
         words += ["--nnodes", nodes]
     if d.ep > 1:
         words += ["--enable-expert-parallel"]
+        if d.dp > 1 and (way := exchange_algorithm(d)).startswith("deepep"):
+            bulk = way == "deepep_normal" or (way == "deepep" and role == "prefill")
+            words += ["--all2all-backend", "deepep_high_throughput" if bulk else "deepep_low_latency"]
     words += ["--max-num-seqs", d.max_num_seqs, "--max-num-batched-tokens", d.max_num_batched_tokens]
     words += ["--gpu-memory-utilization", f"{d.memory_fraction:g}", "--block-size", d.kv_block_size]
     words += _quantised(model, d)

@@ -1,7 +1,8 @@
 """Every way to lay one replica of a model out on a kind of device: tensor, expert, data and pipeline parallel sizes.
 
 Sizes are powers of two. Tensor parallelism stays inside a node; wide expert parallelism (data-parallel attention,
-experts over all ranks) and pipeline stages may cross nodes where the hardware file has a network. Layouts that cannot
+experts over all ranks) and pipeline stages may cross nodes where the hardware file has a network; there tokens go to
+their experts alone (DeepEP, as the launch line then says) unless the base says otherwise. Layouts that cannot
 be cut or do not fit are kept with the reason. Left out: uneven stages, expert parallelism inside pipeline stages.
 Checked in: tests/test_plan.py.
 """
@@ -44,6 +45,8 @@ def layouts(
             continue  # no engine drafts over stages here
         devices = sizes["tp"] * sizes["dp"] * sizes["pp"]
         replica = base.vary(gpus=devices, **sizes)
+        if replica.exchanges_tokens and devices > hardware.devices_per_node and base.exchange.algorithm == "auto":
+            replica = replica.vary(exchange=base.exchange.vary(algorithm="deepep"))
         try:
             check_layout(model, replica)
             _check_kv_heads(model, replica)

@@ -32,6 +32,7 @@ from pydantic import Field
 
 from simmoe.specs.base import Seconds, Spec
 from simmoe.specs.deployment import Deployment
+from simmoe.specs.mechanisms import ExchangeAlgorithm
 
 
 class EngineParameters(Spec):
@@ -94,6 +95,26 @@ def version_numbers(text: str | None) -> tuple[int, ...] | None:
     """Leading release numbers of a version ("v0.4.4.post1 (x)" -> (0, 4, 4), "1" -> (1,)); None if there are none."""
     found = re.match(r"v?(\d+(?:\.\d+)*)", text.strip()) if text else None
     return tuple(int(part) for part in found.group(1).split(".")) if found else None
+
+
+#: First vLLM whose ranks gather all tokens unless told otherwise; earlier ones broadcast them one rank after another
+#: (``VLLM_ALL2ALL_BACKEND`` in vllm/envs.py: "naive" until 0.10, "allgather_reducescatter" from 0.11 on, whatever the
+#: number of nodes).
+GATHERS_SINCE = (0, 11)
+
+
+def exchange_algorithm(deployment: Deployment) -> ExchangeAlgorithm:
+    """How tokens travel between a deployment's expert-parallel ranks, ``auto`` resolved for its engine and version.
+
+    vLLM's two half batches need DeepEP (its configuration refuses them otherwise), so that asking for them asks for it.
+    """
+    chosen = deployment.exchange
+    if chosen.algorithm != "auto":
+        return chosen.algorithm
+    if deployment.engine != "vllm" or chosen.overlap == "two_batch":
+        return "deepep"
+    numbers = version_numbers(deployment.engine_version)
+    return "broadcast" if numbers is not None and numbers < GATHERS_SINCE else "gather"
 
 
 @lru_cache(maxsize=1)

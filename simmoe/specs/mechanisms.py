@@ -12,22 +12,27 @@ from pydantic import Field, model_validator
 
 from simmoe.specs.base import Bytes, Spec
 
+ExchangeAlgorithm = Literal[
+    "auto", "deepep", "deepep_low_latency", "deepep_normal", "flat", "hierarchical", "two_dh", "coordinated", "gather",
+    "broadcast",
+]  # fmt: skip
+
 
 class Exchange(Spec):
     """Dispatch and combine between expert-parallel ranks.
 
-    ``auto``: the engine's measured DeepEP kernels, low latency up to ``low_latency_tokens`` a rank, else normal.
+    ``auto``: what the engine does unless told otherwise (`specs.engines.exchange_algorithm`). ``deepep``: its measured
+    DeepEP kernels, low latency up to ``low_latency_tokens`` a rank, else normal.
     Closed forms on the hardware's links: ``flat`` (every pair of ranks talks), ``hierarchical`` (inside nodes, then
     between; DeepSpeed-MoE), ``two_dh`` (the same with messages gathered first; Tutel), ``coordinated`` (ranks of one
     tensor-parallel index talk, then gather; DeepSpeed-MoE). ``gather``: every rank gathers all ranks' tokens, computes
     what its experts are to do with them, and the results are reduced and scattered, then reduced over tensor-parallel
-    ranks: vLLM's default inside a node (``allgather_reducescatter``), and what attention data parallelism does in
-    SGLang and TensorRT-LLM there.
+    ranks: vLLM's default since 0.11 (``allgather_reducescatter``), and what attention data parallelism does in
+    SGLang and TensorRT-LLM inside a node. ``broadcast``: the same, with every rank sending to all in turn and results
+    reduced everywhere: vLLM's default before (``naive``).
     """
 
-    algorithm: Literal[
-        "auto", "deepep_low_latency", "deepep_normal", "flat", "hierarchical", "two_dh", "coordinated", "gather"
-    ] = "auto"
+    algorithm: ExchangeAlgorithm = "auto"
     low_latency_tokens: int = Field(default=128, ge=1, description="Most tokens a low-latency buffer takes. [tokens]")
     overlap: Literal["none", "shared", "two_batch"] = Field(
         default="none", description="What runs under the exchange: the shared expert, or a second half of the batch."

@@ -202,7 +202,7 @@ def _deployment(row: Row, hardware: Hardware, model: Model, engine: str, gpus: i
     values = {
         "gpus": gpus, "tp": tp, "ep": ep, "dp": dp, "pp": pp, "engine": engine, "engine_version": version or None,
         "weight_precision": precision, "kv_precision": kv, **bounds, **limits_of(row), **cap,
-        "exchange": {"algorithm": "gather"} if gathers else {},
+        "exchange": _exchange(engine, ep, gathers=gathers) if dp > 1 else {},
     }  # fmt: skip
     try:
         return Deployment.model_validate(values)
@@ -210,7 +210,14 @@ def _deployment(row: Row, hardware: Hardware, model: Model, engine: str, gpus: i
         raise Unspoken(f"layout not modelled: {why(problem, Deployment)}") from None
 
 
-#: Largest group whose ranks all gather all tokens; beyond, engines send tokens to the experts' ranks.
+def _exchange(engine: str, ep: int, *, gathers: bool) -> dict[str, str]:
+    """How ranks exchange tokens: vLLM as its release does, others gather inside a node; wider groups use DeepEP."""
+    if engine == "vllm" and ep <= _GATHERING_RANKS:
+        return {}
+    return {"algorithm": "gather" if gathers else "deepep"}
+
+
+#: Largest group whose ranks all gather all tokens; beyond, the published runs send tokens to the experts' ranks.
 _GATHERING_RANKS = 8
 #: Below this, over PCIe, TensorRT-LLM scales as if little were exchanged; what it does was not found out. [B/s]
 _NVLINK_BYTES_PER_S = 100e9
