@@ -181,11 +181,11 @@ def budget_for(loss: float, experts: int, law: Law = surrogate) -> float:
 
 def _along(budget: float, log_parameters: float, experts: float, law: Law) -> float:
     n = math.exp(log_parameters)
-    return law(n, budget / (6.0 * n), experts)
+    return law(n, budget / training_flop(n, 1.0), experts)
 
 
 def _allocation(budget: float, parameters: float, experts: int, law: Law) -> Allocation:
-    tokens = budget / (6.0 * parameters)
+    tokens = budget / training_flop(parameters, 1.0)
     return Allocation(experts=experts, parameters=parameters, tokens=tokens, loss=law(parameters, tokens, experts))
 
 

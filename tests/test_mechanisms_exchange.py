@@ -13,24 +13,33 @@ from simmoe.engine.step import Batch
 from simmoe.engine.tabulate import step_table
 from simmoe.errors import CoverageError
 from simmoe.routing.groups import nodes_per_token
+from simmoe.routing.layers import layer_kinds
+from simmoe.routing.placement import contiguous_placement
+from simmoe.routing.popularity import weights_from_inclusion
+from simmoe.routing.sampling import sample_choices
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.engines import exchange_algorithm
 from simmoe.specs.hardware import Fabric
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.mechanisms import Exchange
+from simmoe.specs.routing import Routing
 from simmoe.validation.serving.phases import CASES
 from tests.reference.mechanisms_twin import torus_link_load
 
 H100 = load_hardware("h100")
 V3 = load_model("deepseek-v3")
+EVEN = Routing()
 few = settings(max_examples=40, deadline=None)
 ALGORITHMS = ("flat", "hierarchical", "two_dh", "coordinated")
 
 
-def step(algorithm="auto", overlap="none", requests=64, ranks=16, context=1000, hardware=H100):
+def step(
+    algorithm="auto", overlap="none", requests=64, ranks=16, context=1000, hardware=H100, routing=EVEN
+):  # fmt: skip
     deployment = Deployment(
-        gpus=ranks, tp=1, dp=ranks, ep=ranks, engine="sglang", exchange=Exchange(algorithm=algorithm, overlap=overlap)
-    )
+        gpus=ranks, tp=1, dp=ranks, ep=ranks, engine="sglang", routing=routing,
+        exchange=Exchange(algorithm=algorithm, overlap=overlap),
+    )  # fmt: skip
     return Engine(hardware, V3, deployment).step(Batch(requests * ranks, requests * ranks * context))
 
 
@@ -154,8 +163,41 @@ def test_an_exchange_over_nodes_without_a_network_says_so():
         exchange.exchange_s("flat", 1e6, 16, H100.vary(scale_out=None))
 
 
-def test_incast_is_the_hottest_receiver_over_the_mean():
-    assert exchange.incast_factor([1.0, 1.0, 2.0]) == pytest.approx(1.5)
+@pytest.mark.parametrize(("exponent", "tokens"), [(0.5, 512), (1.0, 4096), (1.5, 2048)])
+def test_incast_is_what_the_hottest_receiver_of_drawn_tokens_gets(exponent, tokens):
+    """A copy a pair and a copy a token, over those of even experts; at 1.5 the second is 12 % less: pairs meet."""
+    model, ranks = load_model("qwen3-30b-a3b"), 16
+    routing = Routing(popularity="zipf", exponent=exponent)
+    (kind,) = layer_kinds(routing, model.experts, 48, pool=128, top_k=8, ep=ranks)
+    group = np.array([float(tokens)])
+    told = [float(skew[0]) for skew in kind.receiver_skew(group, kind.load(group))]
+    rng = np.random.default_rng(1)
+
+    def hottest(weights, placement):
+        drawn = []
+        for _ in range(40):
+            rank = placement[sample_choices(rng, tokens, weights, 8)]
+            sent = np.stack([(rank == r).sum(axis=1) for r in range(ranks)])
+            drawn.append((sent.sum(axis=1).max(), (sent > 0).sum(axis=1).max()))
+        return np.mean(drawn, axis=0)
+
+    even = contiguous_placement(128, ranks)
+    placement = even if kind.placement is None else np.asarray(kind.placement)
+    counted = hottest(weights_from_inclusion(kind.inclusion), placement) / hottest(np.ones(128), even)
+    np.testing.assert_allclose(told, counted, rtol=0.03)
+    assert min(told) > 1.1
+
+
+def test_a_hot_receiver_holds_up_low_latency_kernels_more_than_bulk_ones():
+    """One copy a pair against one a token; experts alike leave neither anything to wait for."""
+    slower = {}
+    for algorithm in ("deepep_low_latency", "deepep_normal"):
+        even, hot = (
+            step(algorithm, requests=512, ranks=8, routing=Routing(popularity=how, exponent=1.5)).parts
+            for how in ("uniform", "zipf")
+        )
+        slower[algorithm] = hot["combine"] / even["combine"]
+    assert 1.1 < slower["deepep_normal"] < slower["deepep_low_latency"] - 0.1
 
 
 @pytest.mark.parametrize("algorithm", [*ALGORITHMS, "deepep_low_latency", "deepep_normal"])

@@ -340,10 +340,12 @@ def test_placement_and_copies_lower_the_busiest_rank_step_by_step():
 
 
 def test_a_hot_rank_lengthens_dispatch_and_combine():
+    """Low-latency kernels send it every pair, bulk ones every token once (tests/test_mechanisms_exchange.py counts)."""
     layout = {"gpus": 8, "tp": 1, "dp": 8, "ep": 8, "engine": "sglang"}
-    even, hot = (decode_s(r, 2048, **layout) for r in (Routing(), Routing(popularity="zipf", exponent=1.0)))
-    assert hot["dispatch"] > 1.2 * even["dispatch"]
-    assert hot["combine"] > 1.2 * even["combine"]
+    for requests, factor in ((1024, 1.2), (2048, 1.1)):
+        even, hot = (decode_s(r, requests, **layout) for r in (Routing(), Routing(popularity="zipf", exponent=1.0)))
+        assert hot["dispatch"] > factor * even["dispatch"]
+        assert hot["combine"] > factor * even["combine"]
 
 
 # ---- the switches ---------------------------------------------------------------------------------------------------
@@ -373,7 +375,7 @@ def test_the_default_is_uniform_independent_routing():
     (kind,) = kinds(Routing())
     load, plain = kind.load(np.array([16.0])), expected_load(np.array([16.0]), 128, 8)
     assert (load.active_experts, load.routed_pairs) == (plain.active_experts, plain.routed_pairs)
-    assert np.all(kind.receiver_skew(np.array([16.0]), load) == 1.0)
+    assert np.all(np.array(kind.receiver_skew(np.array([16.0]), load)) == 1.0)
 
 
 def test_a_thousand_points_of_routing_statistics_take_under_a_second():

@@ -60,12 +60,6 @@ def test_absorbing_costs_prefill_3_4_times_the_flops():
     assert ratio == (576 + 512) / (192 + 128)
 
 
-def test_absorption_by_hand():
-    done = work.absorb_work(MLA, 10, activation_bytes=2)
-    assert done.flop == 2 * 10 * 128 * 512 * 256
-    assert done.bytes == 128 * (512 * 256 + 10 * (256 + 1024)) * 2
-
-
 def test_chunked_prefill_does_the_flops_of_the_whole():
     whole = attention_work(GQA, new_tokens=100, kv_bytes=2, activation_bytes=2)
     chunks = [
@@ -103,17 +97,6 @@ def test_kv_heads_split_until_one_is_left_and_a_latent_never(tp):
 def test_kv_bytes_per_token_in_bf16(name, bytes_per_token):
     model = load_model(name)
     assert model.layers * work.kv_elements_per_token(model.attention) * 2 == bytes_per_token
-
-
-@given(st.integers(1, 4096), st.integers(1, 8), st.integers(1, 8192))
-def test_one_rank_sends_nothing(tokens, top_k, hidden):
-    assert work.all_to_all_bytes(tokens, top_k, hidden, 1, element_bytes=2) == 0
-    assert work.all_reduce_bytes(tokens * hidden * 2, 1) == 0
-
-
-def test_collectives_by_hand():
-    assert work.all_reduce_bytes(1024, 8) == 1792
-    assert work.all_to_all_bytes(128, 8, 7168, 8, element_bytes=1) == 128 * 8 * 7168 * 7 / 8
 
 
 @given(st.integers(1, 64), st.integers(1, 500), st.integers(1, 500))

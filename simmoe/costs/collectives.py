@@ -42,24 +42,9 @@ def two_shot_all_reduce_s(message_bytes: ArrayLike, ranks: ArrayLike, link: Link
 
 
 def ring_all_gather_s(message_bytes: ArrayLike, ranks: ArrayLike, link: Link) -> Array:
-    """(p-1) steps of n/p bytes; ``message_bytes`` is the gathered size n. [s]"""
+    """(p-1) steps of n/p bytes; ``message_bytes`` is the gathered size n. Backwards: a ring reduce-scatter. [s]"""
     n, p = _columns(message_bytes, ranks)
     return _none_alone(p, (p - 1.0) * (link.latency + n / p / link.bandwidth))
-
-
-def ring_reduce_scatter_s(message_bytes: ArrayLike, ranks: ArrayLike, link: Link) -> Array:
-    """The all-gather run backwards; ``message_bytes`` is the size reduced, n. [s]"""
-    return ring_all_gather_s(message_bytes, ranks, link)
-
-
-def direct_all_to_all_s(message_bytes: ArrayLike, ranks: ArrayLike, link: Link, issue_gap_s: float = 1e-6) -> Array:
-    """Each rank sends n/p to each peer at once; messages start ``issue_gap_s`` apart. [s]
-
-    ``message_bytes`` is what one rank holds before the exchange, its own share included. The default gap of 1 us is
-    an assumption (one queue entry written after another).
-    """
-    n, p = _columns(message_bytes, ranks)
-    return _none_alone(p, link.latency + (p - 2.0) * issue_gap_s + (p - 1.0) / p * n / link.bandwidth)
 
 
 def all_reduce_s(message_bytes: ArrayLike, ranks: ArrayLike, hardware: Hardware) -> Array:
@@ -120,24 +105,6 @@ def between_nodes_all_reduce_s(message_bytes: ArrayLike, ranks: ArrayLike, hardw
     if not (nodes > 1).any():
         return np.zeros_like(n)
     return ring_all_reduce_s(n / local, nodes, _network(hardware))
-
-
-def all_to_all_s(message_bytes: ArrayLike, ranks: ArrayLike, hardware: Hardware) -> Array:
-    """Direct exchange: the share for ranks of the same node over its links, the rest over the network, at once. [s]
-
-    Raises
-    ------
-    CoverageError
-        If the ranks do not fit one node and the hardware describes no network between nodes.
-    """
-    n, p = _columns(message_bytes, ranks)
-    local, nodes = _split(p, hardware)
-    inside = direct_all_to_all_s(n * local / p, local, hardware.scale_up)
-    if not (nodes > 1).any():
-        return inside
-    network = _network(hardware)
-    outside = network.latency + n * (1.0 - local / p) / network.bandwidth
-    return np.where(nodes > 1, np.maximum(inside, outside), inside)
 
 
 def nodes_of(ranks: ArrayLike, hardware: Hardware) -> Array:

@@ -171,12 +171,6 @@ def torus_all_to_all_s(bytes_per_rank: ArrayLike, ranks: int, hardware: Hardware
     return hops * link.latency + longest * n / (8.0 * link.bandwidth)
 
 
-def incast_factor(received: ArrayLike) -> float:
-    """Slow-down by uneven receivers: the largest of what ranks receive over the mean; a rank's link is its own. [-]"""
-    load = np.asarray(received, dtype=np.float64)
-    return float(load.max() / load.mean()) if load.size and load.mean() > 0 else 1.0
-
-
 def _split(ranks: int, devices_per_node: int) -> tuple[int, int]:
     nodes = math.ceil(ranks / devices_per_node)
     return math.ceil(ranks / nodes), nodes

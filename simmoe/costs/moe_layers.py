@@ -2,8 +2,9 @@
 
 Model: for each kind of layer (`routing.layers`) the load of the busiest rank goes through the measured expert block;
 the exchange through the measured DeepEP kernels, or a closed form where the deployment asks for one. A rank that gets
-more than its even share of pairs receives and sends back that much longer. Fixed capacity, naive dispatch and experts
-in host memory add their parts. Left out: what follows for quality. Checked in tests/test_mechanisms_*.py.
+more than its even share receives and sends back that much longer (incast). Fixed capacity, naive dispatch and experts
+in host memory add their parts. Left out: what follows for quality; that the node of a hot rank is less hot than it.
+Checked in tests/test_mechanisms_*.py.
 """
 
 from __future__ import annotations
@@ -149,7 +150,7 @@ class MoeLayers:
                 sent = self._rows_sent(kind, group, load)
                 per_rank = np.maximum(local / d.tp_size, 1.0)
                 for phase in ("dispatch", "combine"):
-                    seconds = self._exchange(kind, phase, per_rank, sent) + self._between_slices(phase, rows)
+                    seconds = self._exchange(kind, phase, per_rank, *sent) + self._between_slices(phase, rows)
                     add(phase, kind.layers * seconds)
             if d.offload is not None:
                 held = self._expert_elements * self.precision.experts.weight_bytes
@@ -216,10 +217,11 @@ class MoeLayers:
     def _expert_elements(self) -> float:
         return self.experts.matrices * self.model.hidden * self._inter
 
-    def _rows_sent(self, kind: LayerKind, group: Array, load: ExpertLoad) -> Array:
-        """Rows the busiest rank exchanges over those of even, unpadded routing. [-]"""
+    def _rows_sent(self, kind: LayerKind, group: Array, load: ExpertLoad) -> tuple[Array, Array]:
+        """Copies the busiest rank exchanges over those of even, unpadded routing: one a pair, one a token. [-]"""
         if self.deployment.dispatch.capped:
-            return waste_factor(group, self.pool, kind.top_k, self.deployment.dispatch.capacity_factor)
+            padded = waste_factor(group, self.pool, kind.top_k, self.deployment.dispatch.capacity_factor)
+            return padded, padded
         return kind.receiver_skew(group, load)
 
     def _experts(self, kind: LayerKind, load: ExpertLoad, local: Array) -> Array:
@@ -304,8 +306,8 @@ class MoeLayers:
         quick = self._low_latency(np.maximum(local / self.deployment.tp_size, 1.0))
         return np.where(quick, LOW_LATENCY_HELD, bulk)
 
-    def _exchange(self, kind: LayerKind, phase: str, per_rank: Array, sent: Array) -> Array:
-        """One exchange of one layer, rows of the busiest rank ``sent`` times the even share. [s]"""
+    def _exchange(self, kind: LayerKind, phase: str, per_rank: Array, of_pairs: Array, of_tokens: Array) -> Array:
+        """One exchange of one layer; the busiest rank's copies over the even share: one a pair, one a token. [s]"""
         d, hardware = self.deployment, self.times.hardware
         width = self._wire_bytes(phase)
         algorithm = self._algorithm
@@ -316,16 +318,17 @@ class MoeLayers:
         if algorithm in ("flat", "hierarchical", "two_dh", "coordinated"):
             self.sigma[phase] = 0.5
             together = d.tp_size if algorithm == "coordinated" else 1
-            volume = per_rank * together * sent * kind.top_k * self.model.hidden * width
+            volume = per_rank * together * of_pairs * kind.top_k * self.model.hidden * width
             return exchange.exchange_s(algorithm, volume, self._ranks, hardware, tensor_parallel=together)
         # exchanges between nodes were measured with SGLang's kernels only
         framework = d.engine if self.nodes == 1 and d.engine in EXCHANGE_KERNELS else "sglang"
         chosen = []
-        for kernel, name in zip(("deepep_low_latency", "deepep_normal"), EXCHANGE_KERNELS[framework], strict=True):
+        kinds = (("deepep_low_latency", of_pairs), ("deepep_normal", of_tokens))
+        for (kernel, skew), name in zip(kinds, EXCHANGE_KERNELS[framework], strict=True):
             features = alltoall.features_of(
                 kernel=kernel,
                 phase=phase,
-                tokens_per_rank=np.maximum(per_rank * sent, 1.0),
+                tokens_per_rank=np.maximum(per_rank * skew, 1.0),
                 hidden=self.model.hidden,
                 top_k=kind.top_k,
                 num_experts=self.pool,

@@ -272,31 +272,8 @@ def attention_work(
     return Work(2 * pairs * heads * (score + value), queries + cache)
 
 
-def absorb_work(attention: Attention, tokens: int, *, tp: int = 1, activation_bytes: float) -> Work:
-    """MLA decode: fold the key up-projection into queries and the value one into outputs, all heads of a rank."""
-    a = attention
-    heads, latent = -(-a.heads // tp), int(a.kv_lora_rank or 0)
-    widths = a.qk_nope_head_dim + a.v_head_dim
-    moved = heads * (latent * widths + tokens * (widths + 2 * latent))
-    return Work(2 * tokens * heads * latent * widths, moved * activation_bytes)
-
-
 def kv_elements_per_token(attention: Attention, tp: int = 1) -> int:
     """Numbers a rank caches per token and layer. Kv heads split down to one a rank, an MLA latent never. [elements]"""
     if attention.kind == "mla":
         return attention.kv_elements_per_token
     return -(-attention.kv_heads // tp) * (attention.head_dim + attention.v_head_dim)
-
-
-def all_reduce_bytes(message_bytes: float, ranks: int) -> float:
-    """Bytes each rank sends in a ring all-reduce: ``2 (n - 1) / n`` of the message (Patarasuk and Yuan 2009). [B]"""
-    return 2 * (ranks - 1) * message_bytes / ranks
-
-
-def all_to_all_bytes(tokens_per_rank: float, top_k: int, hidden: int, ranks: int, *, element_bytes: float) -> float:
-    """Bytes each rank sends on average to dispatch its tokens (or, alike, to combine them), experts spread evenly.
-
-    Each of a token's ``top_k`` copies is on another rank with chance ``(n - 1) / n``. No copy is saved where two
-    experts of a token share a rank. [B]
-    """
-    return tokens_per_rank * top_k * hidden * element_bytes * (ranks - 1) / ranks

@@ -49,6 +49,11 @@ class ExpertLoad:
     row_blocks: Mapping[int, Array]
     local_experts: int
 
+    def received_tokens(self, top_k: float) -> Array:
+        """Tokens that send the rank at least one of its pairs, each of their k picks as likely to be one. [tokens]"""
+        of_pick = np.minimum(self.routed_pairs / np.maximum(self.tokens * top_k, 1e-9), 1.0)
+        return np.asarray(self.tokens * (1.0 - (1.0 - of_pick) ** top_k), dtype=np.float64)
+
 
 def with_shared(load: ExpertLoad) -> ExpertLoad:
     """The load with one more expert on the rank that every token picks."""

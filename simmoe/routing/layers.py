@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from simmoe.errors import SpecError
 from simmoe.routing import popularity as laws
 from simmoe.routing.expert_load import TILES, ExpertLoad, expected_load
+from simmoe.routing.placement import contiguous_placement
 from simmoe.routing.redundancy import eplb_placement
 from simmoe.routing.refill import refilled_load
 from simmoe.routing.schedules import entropy_shares, kept_shares
@@ -89,16 +90,32 @@ class LayerKind:
         """Tokens that route independently and wake as many experts as ``tokens`` do, shape (B,). [tokens]"""
         return np.asarray(1.0 + self.unlikeness(tokens) * (np.maximum(tokens, 1.0) - 1.0), dtype=np.float64)
 
-    def receiver_skew(self, tokens: Array, load: ExpertLoad) -> Array:
-        """Pairs of the busiest rank over what it gets when all experts are alike and in order, shape (B,). [-]
+    def receiver_skew(self, tokens: Array, load: ExpertLoad) -> tuple[Array, Array]:
+        """Incast: what the hottest receiver gets over what it gets when all experts are alike and in order. [-]
 
-        What dispatch and combine were measured with is the latter; a hot rank takes this much longer to receive.
+        A copy for each pair, and one for each token that has any: the first is what low-latency kernels send it, the
+        second what bulk kernels do, and no more than all tokens however hot it is; each of shape (B,). Dispatch and
+        combine were measured with experts alike; all of them end when the hottest link has carried its share.
         """
         alike = self.inclusion is None and self.placement is None and not self.balanced
         if self.ep == 1 or (alike and self.independence == 1.0 and self.tasks is None):
-            return np.ones_like(load.routed_pairs)
+            return np.ones_like(load.routed_pairs), np.ones_like(load.routed_pairs)
         plain = expected_load(tokens, self.slots - self.slots % self.ep, self.top_k, ep=self.ep)
-        return np.asarray(load.routed_pairs / plain.routed_pairs, dtype=np.float64)
+        of_pairs = np.asarray(load.routed_pairs / plain.routed_pairs, dtype=np.float64)
+        return of_pairs, of_pairs * self._meeting()
+
+    def _meeting(self) -> float:
+        """Skew of a copy a token over that of a copy a pair: how much oftener pairs meet at the hottest rank. [-]
+
+        A token spares a rank when it spares each of its experts, as if these were picked independently.
+        """
+        if self.inclusion is None:
+            return 1.0
+        ranks = contiguous_placement(self.slots, self.ep) if self.placement is None else self.placement
+        spared = np.bincount(ranks, weights=np.log1p(-np.minimum(self.inclusion, 1 - 1e-12)), minlength=self.ep)
+        pairs = np.bincount(ranks, weights=self.inclusion, minlength=self.ep)
+        alike = np.log1p(-min(self.inclusion.mean(), 1 - 1e-12)) * self.slots / self.ep
+        return float(np.expm1(spared).min() / np.expm1(alike) * pairs.mean() / pairs.max())
 
 
 def balanced_load(tokens: Array, num_experts: int, top_k: float, ep: int) -> ExpertLoad:

@@ -134,7 +134,7 @@ def features_of(
     tokens = np.asarray(load.tokens, dtype=np.float64)
     one = np.ones_like(tokens)
     if dispatched:
-        tokens = _received(tokens, np.asarray(load.routed_pairs, dtype=np.float64), top_k)
+        tokens = load.received_tokens(top_k)
     return {
         "tokens": tokens,
         "pairs": np.asarray(load.routed_pairs, dtype=np.float64),
@@ -151,12 +151,6 @@ def features_of(
         "compute_bits": one * compute_bits,
         "tile_list": one * tile_list,
     }
-
-
-def _received(tokens: Array, pairs: Array, top_k: float) -> Array:
-    """Tokens that send a rank at least one of ``pairs``, each of their k picks as likely to be one. [tokens]"""
-    picks = np.maximum(tokens * top_k, 1e-9)
-    return np.asarray(tokens * (1.0 - (1.0 - np.minimum(pairs / picks, 1.0)) ** top_k), dtype=np.float64)
 
 
 def _features(table: Table) -> Features:

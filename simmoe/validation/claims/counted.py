@@ -11,6 +11,7 @@ from simmoe.costs.work import parameters
 from simmoe.routing.capacity import dropped_share, slots_per_expert, waste_factor
 from simmoe.routing.occupancy import distinct_experts
 from simmoe.routing.popularity import inclusion_from_weights, uniform_inclusion, zipf_weights
+from simmoe.scaling_law import routing_stops_helping
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.hardware import Fabric
 from simmoe.specs.load import load_hardware, load_model
@@ -120,6 +121,9 @@ def claims() -> list[Claim]:
         Claim("a MoE with 8 experts in every other layer is 3.33 times its dense base", 10 / 3, "x",
               lambda: _gpt_moe_growth(8), inputs="GPT-3 6.7B shape",
               source="Toward Inference-optimal MoE, arXiv 2404.02852", because="norms and routers are small"),
+        Claim("experts stop helping a model of 937 B parameters", 937, "B", lambda: routing_stops_helping() / 1e9,
+              kind="operator", inputs="S-BASE, its coefficients as printed: 10^(-b/c)",
+              source="Unified Scaling Laws for Routed Language Models, arXiv 2202.01169"),
         Claim("static gating allocates 12.8 times the slots needed (language model)", 12.8, "x",
               lambda: float(waste_factor(1e6, 512, 2, 0.05 * 512 / 2)),
               inputs="512 experts, top-2, capacity 0.05 of all tokens", source=f"{_HUANG}, sec. III-B",
