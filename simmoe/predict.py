@@ -23,7 +23,7 @@ from simmoe.output_analysis import log_normal_interval
 from simmoe.provenance import Provenance, stamp
 from simmoe.routing.imbalance import BusiestRank, busiest_of
 from simmoe.specs.deployment import Deployment
-from simmoe.specs.engines import EngineParameters
+from simmoe.specs.engines import EngineParameters, release_note
 from simmoe.specs.hardware import Hardware
 from simmoe.specs.model import Model
 from simmoe.specs.workload import Workload
@@ -175,18 +175,18 @@ def predict(hardware: Hardware, model: Model, deployment: Deployment, workload: 
         active_experts=parts.engine.top_k,
         engine_parameters=parts.engine.parameters,
         notes=(
-            *_silent(deployment),
+            *_told(deployment, hardware),
             *(outpaced(metrics, workload) if metrics else ()),
             *parts.engine.times.notes,
         ),
     )
 
 
-def _silent(deployment: Deployment) -> tuple[str, ...]:
-    """What the deployment says and the closed form does not know."""
-    if deployment.kv_offload is None:
-        return ()
-    return ("kv_offload changes nothing here: prompts found again and preemptions are what `simmoe simulate` knows",)
+def _told(deployment: Deployment, hardware: Hardware) -> tuple[str, ...]:
+    """What the deployment says and the closed form does not know, or knows only of other releases."""
+    release = release_note(deployment, hardware.device.name)
+    offload = "kv_offload changes nothing here: prompts found again and preemptions are what `simmoe simulate` knows"
+    return (*((offload,) if deployment.kv_offload is not None else ()), *((release,) if release else ()))
 
 
 def predict_caps(

@@ -30,7 +30,7 @@ from simmoe.sim.disaggregated import Handover, transfer_of
 from simmoe.sim.failures import losses_per_request
 from simmoe.sim.offload_books import bookkeeping_of
 from simmoe.sim.pool import PoolSetup
-from simmoe.specs.engines import EngineParameters
+from simmoe.specs.engines import EngineParameters, release_note
 from simmoe.specs.model import Model
 from simmoe.specs.scenario import Scenario
 from simmoe.specs.traces import read_trace
@@ -324,6 +324,8 @@ def _notes(s: Scenario, runs: Sequence[SimulationResult]) -> list[str]:
     notes = [f"scheduling policy {runs[0].policy}, router {s.cluster.router}"]
     if s.deployment.engine == "generic":
         notes[0] += " (an engine called generic schedules as vLLM does)"
+    if release := release_note(s.deployment, s.hardware.device.name):
+        notes.append(release)
     if refused := sum(run.refused for run in runs):
         notes.append(f"{refused} requests refused: longer than the KV cache")
     if preempted := sum(run.preemptions for run in runs):

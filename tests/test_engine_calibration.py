@@ -9,7 +9,7 @@ from simmoe.calibrate import engines as engine_calibration
 from simmoe.engine.engine import Engine
 from simmoe.errors import CalibrationError
 from simmoe.specs.deployment import Deployment
-from simmoe.specs.engines import engine_kernels, engine_parameters, version_numbers
+from simmoe.specs.engines import engine_kernels, engine_parameters, release_note, version_numbers
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.measurement import read_table
 from simmoe.validation.serving import compare as serving
@@ -176,3 +176,25 @@ def test_slowdown_spares_expert_kernels_that_shipped_tuned():
     sliced = Deployment(gpus=4, tp=4, engine="sglang", engine_version="0.4.4.post1")  # a shape with no tuned tiles
     twice, once = (Engine(H200, V3, sliced.vary(kernel_slowdown=s)).token_parts(tokens) for s in (4.0, 2.0))
     assert twice["routed_experts"][0] == pytest.approx(2 * once["routed_experts"][0])
+
+
+@pytest.mark.parametrize(
+    ("engine", "version", "says"),
+    [
+        ("vllm", None, None),
+        ("vllm", "99.9", "vllm 99.9: times around kernels are those of the newest known (0.14 on)"),
+        ("vllm", "0.1", "vllm 0.1: times around kernels are those of releases before 0.8"),
+        ("vllm", "0.11.2", "vllm 0.11.2: times around kernels are those of releases before 0.14"),
+        (
+            "vllm",
+            "nightly",
+            "vllm nightly (no release number): times around kernels are those of the newest known (0.14",
+        ),
+        ("sglang", "0.4.4.post1", None),
+        ("trtllm", "1.2", "trtllm 1.2: times around kernels are those of any release"),
+    ],
+)
+def test_a_named_version_is_told_which_releases_times_stand_for_it(engine, version, says):
+    found = release_note(Deployment(engine=engine, engine_version=version), H200.device.name)
+    assert found is None if says is None else found.startswith(says)
+    assert release_note(Deployment(engine="sglang", engine_version="0.4.4.post1"), A100.device.name).endswith("0.4.6")

@@ -24,6 +24,7 @@ Speculative = Annotated[
 ]
 Cap = Annotated[int | None, typer.Option(help="Cap on active experts per token; costs quality.")]
 Engine = Annotated[str | None, typer.Option(help="vllm, sglang, trtllm or generic.")]
+EngineVersion = Annotated[str | None, typer.Option(help="Its release, e.g. 0.11.2. [default: the newest known]")]
 Precision = Annotated[
     str | None, typer.Option(help="Weights: bfloat16, fp8, fp8_block, int8, int4, int4_g32, mxfp4, nvfp4.")
 ]

@@ -46,6 +46,7 @@ def predict(
     ] = None,
     speculative: options.Speculative = None,
     engine: options.Engine = None,
+    engine_version: options.EngineVersion = None,
     precision: options.Precision = None,
     deployment: options.Deployment = None,
     workload: options.Workload = None,
@@ -72,7 +73,7 @@ def predict(
     shapes = load.load_model(model)
     layout = flags.deployment_from(
         deployment, gpus=gpus, tp=tp, ep=ep, dp=dp, pp=pp, total_experts=total_experts, engine=engine, routing=routing,
-        weight_precision=precision, speculative=speculative,
+        engine_version=engine_version, weight_precision=precision, speculative=speculative,
     )  # fmt: skip
     traffic = flags.workload_from(
         workload, rate=rate, concurrency=concurrency, input_tokens=input_tokens, output_tokens=output_tokens
@@ -107,6 +108,7 @@ def alternatives(
     input_tokens: options.Input = None,
     output_tokens: options.Output = None,
     engine: options.Engine = None,
+    engine_version: options.EngineVersion = None,
     precision: options.Precision = None,
     deployment: options.Deployment = None,
     workload: options.Workload = None,
@@ -127,7 +129,14 @@ def alternatives(
         workload, rate=rate, concurrency=concurrency, input_tokens=input_tokens, output_tokens=output_tokens
     )
     layout = flags.deployment_from(
-        deployment, gpus=gpus, tp=tp, ep=ep, dp=dp, engine=engine, weight_precision=precision
+        deployment,
+        gpus=gpus,
+        tp=tp,
+        ep=ep,
+        dp=dp,
+        engine=engine,
+        engine_version=engine_version,
+        weight_precision=precision,
     )
     smaller = load.load_model(small) if small else None
     found = others.compare(load.load_hardware(hardware), load.load_model(model), layout, traffic, smaller, interactive)

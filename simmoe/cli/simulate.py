@@ -31,6 +31,7 @@ def simulate(
     active_experts: options.Cap = None,
     speculative: options.Speculative = None,
     engine: options.Engine = None,
+    engine_version: options.EngineVersion = None,
     precision: options.Precision = None,
     deployment: options.Deployment = None,
     workload: options.Workload = None,
@@ -89,7 +90,7 @@ def simulate(
 
     layout = {
         "gpus": gpus, "tp": tp, "ep": ep, "dp": dp, "pp": pp, "active_experts": active_experts, "engine": engine,
-        "weight_precision": precision, "speculative": speculative,
+        "engine_version": engine_version, "weight_precision": precision, "speculative": speculative,
     }  # fmt: skip
     traffic: dict[str, Any] = {
         "rate": rate, "concurrency": concurrency, "input_tokens": input_tokens, "output_tokens": output_tokens,

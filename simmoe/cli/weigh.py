@@ -31,7 +31,7 @@ def frontier(
         str | None, typer.Option(help="Benchmark on the plot's axis. [default: the first known]")
     ] = None,
     engine: options.Engine = None,
-    engine_version: Annotated[str | None, typer.Option(help="Its version, e.g. 0.4.4.post1.")] = None,
+    engine_version: options.EngineVersion = None,
     precision: options.Precision = None,
     measured: Annotated[Path | None, typer.Option(help="Table of measured runs to show gains beside.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw speed against quality to this file.")] = None,

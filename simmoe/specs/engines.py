@@ -146,6 +146,35 @@ OVERRIDES: ContextVar[Mapping[str, object]] = ContextVar("overrides", default=Ma
 
 def engine_parameters(deployment: Deployment, device: str) -> EngineParameters:
     """The most specific entry for the deployment's engine, its version and the device, with its overrides applied."""
+    chosen = _entry(deployment, device)
+    changes: dict[str, Any] = dict(OVERRIDES.get())
+    if changes:
+        changes["source"] = "given for this run"
+    if deployment.host_time_per_step is not None:
+        changes |= {"host_time_per_step": deployment.host_time_per_step, "source": "deployment"}
+    if deployment.engine_overrides is not None:
+        known = deployment.engine_overrides.model_dump(exclude_none=True)
+        changes |= {**known, "source": "deployment"} if known else {}
+    if deployment.kernel_slowdown != 1.0:
+        changes |= {"kernel_slowdown": deployment.kernel_slowdown, "source": "deployment"}
+    return chosen.vary(**changes) if changes else chosen
+
+
+def release_note(deployment: Deployment, device: str) -> str | None:
+    """Which releases' times stand for the version asked for, in words; None: no version is named, or its own do."""
+    engine, version = deployment.engine, deployment.engine_version
+    entry = _entry(deployment, device)
+    if version is None or entry.version is not None:
+        return None
+    if entry.before is not None:
+        return f"{engine} {version}: times around kernels are those of releases before {entry.before}"
+    eras = [e.before for e in shipped_entries() if e.engine == engine and e.before is not None and e.device is None]
+    newest = f"the newest known ({max(eras, key=lambda era: version_numbers(era) or ())} on)" if eras else "any release"
+    unread = "" if version_numbers(version) else " (no release number)"
+    return f"{engine} {version}{unread}: times around kernels are those of {newest}"
+
+
+def _entry(deployment: Deployment, device: str) -> EngineParameters:
     version = deployment.engine_version or ""
 
     def fits(entry: EngineParameters) -> bool:
@@ -158,16 +187,4 @@ def engine_parameters(deployment: Deployment, device: str) -> EngineParameters:
         oldest = tuple(-number for number in version_numbers(entry.before) or ())
         return (len(entry.version or ""), int(entry.device is not None), int(entry.before is not None), oldest)
 
-    candidates = [entry for entry in ENTRIES.get() or shipped_entries() if fits(entry)]
-    chosen = max(candidates, key=specificity)
-    changes: dict[str, Any] = dict(OVERRIDES.get())
-    if changes:
-        changes["source"] = "given for this run"
-    if deployment.host_time_per_step is not None:
-        changes |= {"host_time_per_step": deployment.host_time_per_step, "source": "deployment"}
-    if deployment.engine_overrides is not None:
-        known = deployment.engine_overrides.model_dump(exclude_none=True)
-        changes |= {**known, "source": "deployment"} if known else {}
-    if deployment.kernel_slowdown != 1.0:
-        changes |= {"kernel_slowdown": deployment.kernel_slowdown, "source": "deployment"}
-    return chosen.vary(**changes) if changes else chosen
+    return max((entry for entry in ENTRIES.get() or shipped_entries() if fits(entry)), key=specificity)
