@@ -244,6 +244,19 @@ def test_table_covers_what_the_deployment_allows():
     assert np.all(np.diff(table.head_s) >= 0)
 
 
+def test_layers_with_a_window_cost_a_launch_and_their_window_however_long_the_prefix_is():
+    layout = {"gpus": 1, "tp": 1}
+    windowed = Engine(HARDWARE["h100"], load_model("gpt-oss-20b"), Deployment(**layout))
+    attention = windowed.model.attention
+    only = windowed.model.vary(attention=attention.vary(windowed_layers=windowed.model.layers))
+    seconds = Engine(HARDWARE["h100"], only, Deployment(**layout)).prefill_attention(
+        np.full(4, 64.0), np.array([0.0, 128.0, 8192.0, 131072.0])
+    )
+    assert np.all(seconds[1:] >= seconds[0] * (1 - 1e-9))  # a share of all pairs went to nothing, launches with it
+    assert seconds[2] == pytest.approx(seconds[1])
+    assert seconds[3] == pytest.approx(seconds[1])
+
+
 # ---- what cannot be asked ---------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,7 @@
 """The closed-form steady state against tables whose answer follows by hand, and against queueing laws."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,7 +9,9 @@ from hypothesis import strategies as st
 
 from simmoe.engine.step import StepTable
 from simmoe.errors import CapacityError, SaturationError
+from simmoe.predict import predict
 from simmoe.specs.deployment import Deployment
+from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.workload import Lengths, Workload
 from simmoe.steady.load_curve import load_curve, saturation_requests_per_s
 from simmoe.steady.state import steady_state, steady_states
@@ -244,3 +248,11 @@ def test_an_almost_idle_replica_serves_as_if_alone():
     assert idle.tpot.mean == pytest.approx(alone.tpot.mean, rel=0.01)
     assert idle.ttft.mean == pytest.approx(alone.ttft.mean, rel=0.01)
     assert idle.utilisation == pytest.approx(1e-3 * alone.e2e.mean, rel=0.05)
+
+
+def test_time_to_first_token_does_not_fall_where_clients_begin_to_queue():
+    """82 requests fill this cache; a prompt met what the step decided ahead holds, then suddenly not: -36 %."""
+    h20, v3, deployment = load_hardware("h20"), load_model("deepseek-v3"), Deployment(gpus=8)
+    shape = {"input": Lengths(mean=512), "output": Lengths(mean=128)}
+    ttft = [predict(h20, v3, deployment, Workload(concurrency=c, **shape)).metrics.ttft.mean for c in range(76, 92, 2)]
+    assert all(later > 0.99 * before for before, later in itertools.pairwise(ttft))

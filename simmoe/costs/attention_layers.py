@@ -141,14 +141,15 @@ class AttentionLayers:
             total = np.zeros(np.broadcast_shapes(new.shape, cached.shape))
             sigma = np.full(total.shape, DEFAULT_LOG_SIGMA)
             window = float(a.sliding_window or 0)
-            for layers, share in ((m.layers - windowed, one), (windowed, _window_share(new, cached, window))):
+            inside, share = _in_window(new, cached, window)
+            for layers, seen, part in ((m.layers - windowed, cached, one), (windowed, inside, share)):
                 if layers:
                     features = gqa.prefill_features(
-                        one, new, heads, kv_heads, a.head_dim, cached_tokens=cached, v_head_dim=a.v_head_dim,
+                        one, new, heads, kv_heads, a.head_dim, cached_tokens=seen, v_head_dim=a.v_head_dim,
                         compute_bits=bits,
                     )  # fmt: skip
                     seconds, sigma = self.times.seconds(gqa.ATTENTION_PREFILL, features)
-                    total = total + layers * seconds * share
+                    total = total + layers * seconds * part
         self.spreads["prefill"] = _mean(sigma, total)
         return np.asarray(total, dtype=np.float64)
 
@@ -188,11 +189,14 @@ def _mean(sigma: Array, seconds: Array) -> float:
     return float(np.average(np.broadcast_to(sigma, seconds.shape), weights=seconds))
 
 
-def _window_share(new: Array, cached: Array, window: float) -> Array:
-    """Share of the causal (query, key) pairs that lie inside a sliding window. [-]"""
+def _in_window(new: Array, cached: Array, window: float) -> tuple[Array, Array]:
+    """Cached tokens before a chunk that make as many (query, key) pairs as a sliding window leaves; share of these. [-]
+
+    The share is 1 unless the chunk alone has more pairs: a window cuts pairs, and no launch.
+    """
     if not window:
-        return np.ones_like(new)
-    full = new * cached + new * (new + 1) / 2
+        return cached, np.ones_like(new)
+    own = new * (new + 1) / 2
     growing = np.clip(window - cached, 0.0, new)
     inside = growing * cached + growing * (growing + 1) / 2 + (new - growing) * window
-    return np.asarray(np.minimum(inside / full, 1.0), dtype=np.float64)
+    return np.maximum(inside - own, 0.0) / new, np.asarray(np.minimum(inside / own, 1.0), dtype=np.float64)

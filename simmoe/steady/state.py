@@ -76,10 +76,11 @@ def _closed(
     waiting = max(0.0, clients - running)
     output = workload.output.mean
     queue = waiting / throughput
-    # that step is mostly the last cohort's prompts, which a cohort that waits does not meet while it decodes
+    # that step is mostly the last cohort's prompts; who waits for a slot anyway waits for it meanwhile
     queued = clients > here[-1]
-    mostly = 0.0 if queued or output <= 1 else ahead * (1 - 1 / cohorts)
-    met_waiting = mostly * (at["mixed_step_s"] - at["decode_step_s"])
+    mostly = 0.0 if output <= 1 else ahead * (1 - 1 / cohorts)
+    for_slot = max(0.0, clients - float(here[-1])) / throughput
+    met_waiting = max(mostly * (at["mixed_step_s"] - at["decode_step_s"]) - for_slot, 0.0)
     ttft_mean = queue + prefill + met_waiting
     at["tpot_s"] -= met_waiting / max(output - 1, 1.0)
     ttft = Quantiles(mean=ttft_mean, p50=ttft_mean, p90=ttft_mean, p99=ttft_mean + (0.0 if one_cohort else prefill))
