@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simmoe.costs.operators import elementwise
+from simmoe.costs.operators import elementwise, nccl
+from simmoe.costs.timing import kernel_times
 from simmoe.engine.engine import Engine
 from simmoe.engine.step import Batch, StepBreakdown, spread
 from simmoe.engine.tabulate import step_table
@@ -164,6 +165,16 @@ def test_one_device_reduces_nothing_and_several_do():
     assert one.all_reduce_s == 0
     assert four.all_reduce_s > 0
     assert four.routed_experts_s < one.routed_experts_s
+
+
+def test_over_nodes_ranks_reduce_as_nccl_does():
+    """An engine's own all-reduce writes to its peers' memory, which ends at the node."""
+    h100, model = HARDWARE["h100"], MODELS["deepseek-v3"]
+    step = Engine(h100, model, Deployment(gpus=16, tp=16, engine="sglang")).step(Batch(1, 1000))
+    message = nccl.features_of("all_reduce", np.array([2.0 * model.hidden]), 8)
+    inside, _ = kernel_times(h100, "sglang").seconds(nccl.OPERATOR, message, operation="all_reduce")
+    network = 2 * h100.scale_out.latency
+    assert step.all_reduce_s > 2 * model.layers * (inside[0] + network)
 
 
 @few

@@ -9,7 +9,9 @@ from simmoe.specs.load import load_model, model_names
 
 #: Parameters as the Hugging Face page of the checkpoint counts its tensors (safetensors metadata).
 CHECKPOINTS = {
+    "codellama-13b": 13_016_028_160,
     "codellama-34b": 33_743_970_304,
+    "codellama-7b": 6_738_546_688,
     "dbrx": 131_596_523_520,
     "deepseek-moe-16b": 16_375_728_128,
     "deepseek-v2": 235_741_434_880,
@@ -27,6 +29,7 @@ CHECKPOINTS = {
     "mixtral-8x22b": 140_620_634_112,
     "mixtral-8x7b": 46_702_792_704,
     "olmoe-1b-7b": 6_919_161_856,
+    "phi-3-mini": 3_821_079_552,
     "qwen1.5-moe-a2.7b": 14_315_784_192,
     "qwen2.5-7b": 7_615_616_512,
     "qwen3-14b": 14_768_307_200,
@@ -39,6 +42,8 @@ CHECKPOINTS = {
     # what the spec cannot carry: an attention sink per head and layer; biases of layer norms and head
     "gpt-oss-20b": 20_914_757_184 - 64 * 24,
     "gpt-oss-120b": 116_829_156_672 - 64 * 36,
+    "gemma-2-9b": 9_241_705_984 - 2 * 42 * 3584,  # norms after attention and feed-forward
+    "gemma-2-27b": 27_227_128_320 - 2 * 46 * 4608,
     "phi-3.5-moe": 41_873_153_344 - (2 * 32 + 1) * 4096 - 32_064,
 }
 

@@ -73,9 +73,17 @@ class DenseLayers:
         return parts
 
     def all_reduce(self, message_bytes: Array) -> Array:
-        """Sum of one message over the tensor-parallel ranks. [s]"""
-        features = allreduce.features_of(message_bytes, self.deployment.tp_size)
-        seconds, self.sigma["all_reduce"] = self.times.seconds(allreduce.OPERATOR, features)
+        """Sum of one message over the tensor-parallel ranks. [s]
+
+        Engines' own all-reduces write to their peers' memory and end at the node; over several it is NCCL's.
+        """
+        ranks = self.deployment.tp_size
+        if ranks <= self.hardware.devices_per_node:
+            features = allreduce.features_of(message_bytes, ranks)
+            seconds, self.sigma["all_reduce"] = self.times.seconds(allreduce.OPERATOR, features)
+        else:
+            features = nccl.features_of("all_reduce", message_bytes, ranks)
+            seconds, self.sigma["all_reduce"] = self.times.seconds(nccl.OPERATOR, features, operation="all_reduce")
         return seconds
 
     def elementwise(self, local: Array) -> Array:

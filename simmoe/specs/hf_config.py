@@ -259,6 +259,7 @@ READERS: dict[str, Callable[[Config], Shapes]] = {
     "Llama4ForCausalLM": _llama4,
     "LlamaForCausalLM": _dense(),
     "MistralForCausalLM": _dense(),
+    "Phi3ForCausalLM": _dense(),
     "Qwen2ForCausalLM": _dense(qkv_bias=True, output_bias=False),
     "Qwen3ForCausalLM": _dense(qk_norm=True),
 }
@@ -277,6 +278,7 @@ _BY_TYPE = {
     "llama4_text": _llama4,
     "llama": READERS["LlamaForCausalLM"],
     "mistral": READERS["MistralForCausalLM"],
+    "phi3": READERS["Phi3ForCausalLM"],
     "qwen2": READERS["Qwen2ForCausalLM"],
     "qwen3": READERS["Qwen3ForCausalLM"],
 }
