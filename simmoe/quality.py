@@ -15,7 +15,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-import yaml
+from simmoe.specs.base import from_yaml
 
 ZERO_SHOT = "zero-shot classification"
 #: Differences in score below this are noise [%]; from repeated rows of arXiv 2505.03531, Table 10.
@@ -84,7 +84,7 @@ class Score:
 def curves() -> tuple[Curve, ...]:
     """Every measured curve."""
     text = resources.files("simmoe").joinpath("quality.yaml").read_text(encoding="utf-8")
-    raw: list[dict[str, Any]] = yaml.safe_load(text)
+    raw: list[dict[str, Any]] = from_yaml(text)
     return tuple(Curve(**entry) for entry in raw)
 
 

@@ -13,7 +13,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from simmoe.errors import CalibrationError
-from simmoe.specs.base import Spec
+from simmoe.specs.base import Spec, from_yaml
 
 SCHEMA = 1
 
@@ -87,8 +87,7 @@ def load(path: Path) -> Calibration:
         If the file is missing, malformed, or of another schema version.
     """
     try:
-        loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)  # noqa: S506  (a safe loader)
+        raw = from_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as problem:
         raise CalibrationError(f"{path}: no such calibration; make one with `simmoe calibrate`") from problem
     except yaml.YAMLError as problem:

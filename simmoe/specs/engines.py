@@ -27,10 +27,9 @@ from importlib import resources
 from types import MappingProxyType
 from typing import Any
 
-import yaml
 from pydantic import Field
 
-from simmoe.specs.base import Seconds, Spec
+from simmoe.specs.base import Seconds, Spec, from_yaml
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.mechanisms import ExchangeAlgorithm
 
@@ -129,7 +128,7 @@ def engine_kernels(deployment: Deployment, architecture: str) -> Mapping[str, Ke
 
 @lru_cache(maxsize=1)
 def _raw() -> Any:
-    return yaml.safe_load(resources.files("simmoe.specs").joinpath("engines.yaml").read_text(encoding="utf-8"))
+    return from_yaml(resources.files("simmoe.specs").joinpath("engines.yaml").read_text(encoding="utf-8"))
 
 
 @lru_cache(maxsize=1)

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from simmoe.errors import SpecError
 from simmoe.specs import aliases, problems, traces
-from simmoe.specs.base import Spec
+from simmoe.specs.base import SafeLoader, Spec
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.hardware import Hardware
 from simmoe.specs.hf_config import model_from_hf
@@ -234,7 +234,7 @@ def _hf_name(config: dict[str, Any], path: Path) -> str:
     return (Path(stated).name or (path.resolve().parent.name if path.name == "config.json" else path.stem)).lower()
 
 
-class _UniqueKeys(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+class _UniqueKeys(SafeLoader):  # type: ignore[misc]
     """PyYAML keeps the last of two equal keys in silence; here that is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

@@ -18,9 +18,9 @@ from importlib import resources
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
+from simmoe.specs.base import from_yaml
 from simmoe.specs.engines import version_numbers
 
 Array = NDArray[np.float64]
@@ -74,7 +74,7 @@ def older_kernel(engine: str, version: str | None, dtype: str) -> tuple[float, M
 @lru_cache(maxsize=1)
 def _lists() -> Mapping[str, Any]:
     text = resources.files("simmoe.costs.operators").joinpath("tuned_tiles.yaml").read_text(encoding="utf-8")
-    lists: Mapping[str, Any] = yaml.safe_load(text)
+    lists: Mapping[str, Any] = from_yaml(text)
     return lists
 
 
