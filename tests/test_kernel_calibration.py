@@ -11,12 +11,14 @@ from typer.testing import CliRunner
 from simmoe.calibrate import kernels as kernel_calibration
 from simmoe.calibrate.checks import check, gaps, outliers, unidentified
 from simmoe.calibrate.fit import Sample, calibrate_operator, samples, scatter_percent
+from simmoe.calibrate.repeats import repeat_error_percent, repeat_errors
 from simmoe.cli.main import app
 from simmoe.costs import calibration as calibration_files
-from simmoe.costs.operators import gemm
+from simmoe.costs.operators import alltoall, gemm
 from simmoe.costs.operators.registry import described, measured_device
 from simmoe.costs.timing import kernel_times
 from simmoe.errors import CalibrationError, SpecError
+from simmoe.report import calibration as calibration_report
 from simmoe.specs.load import data_folder, load_hardware
 from simmoe.specs.measurement import read_table
 
@@ -175,6 +177,49 @@ def test_report_carries_the_warnings_as_json(tmp_path):
     (device,) = json.loads(result.stdout)["calibrations"].values()
     assert any("1 of 42 rows" in line for line in device["warnings"]["gemm torch/bfloat16"])
     assert not list(tmp_path.glob("**/calibration.yaml"))
+
+
+def repeated(seconds, name, rows):
+    """Exchange rows of one variant on a device."""
+    features = {"tokens": np.arange(rows, dtype=float), "ranks": np.full(rows, 8.0)}
+    return Sample({"framework": name}, features, seconds, np.zeros(rows, dtype=np.intp), np.arange(rows))
+
+
+def test_two_like_devices_tell_how_far_one_measurement_is_off():
+    """The noise put in; a device slower throughout, rows in another order or without a twin change nothing."""
+    rng, rows = np.random.default_rng(0), 4000
+    truth = 1e-4 * (1 + np.arange(rows) / 50)
+    here, there = (truth * np.exp(0.1 * rng.standard_normal(rows)) for _ in range(2))
+    order = rng.permutation(rows)[: rows - 100]
+    error = repeat_error_percent(repeated(here, "a", rows), repeated(1.3 * there, "a", rows).take(order))
+    assert error == pytest.approx(100 * 0.1 * np.sqrt(2 / np.pi), rel=0.05)
+    assert repeat_error_percent(repeated(here[:10], "a", 10), repeated(there[:10], "a", 10)) is None
+    plans = [
+        kernel_calibration.Plan(name, load_hardware(name), jobs=[(alltoall.OPERATOR, repeated(s, "a", rows), "t.csv")])
+        for name, s in (("h100", here), ("h200", there), ("a100", there))
+    ]
+    found = repeat_errors(plans)
+    assert set(found) == {("h100", "moe_alltoall", ("a",)), ("h200", "moe_alltoall", ("a",))}  # an A100's links differ
+
+
+def test_the_report_says_of_each_table_and_series_whether_its_goal_holds():
+    calibrations = {
+        name: calibration_files.load(data_folder("profiles") / name / "calibration.yaml")
+        for name in ("h100_sxm", "h200_sxm")
+    }
+    noise = {("h100_sxm", "moe_alltoall", ("vllm", "deepep_ll", "combine")): 14.0}
+    found = calibration_report.goals(calibrations, noise)
+    assert [of_table["table"] for of_table in found] == ["moe_alltoall_h100_sxm.csv", "moe_alltoall_h200_sxm.csv"]
+    for of_table in found:
+        rows = [one["rows"] for one in of_table["series"]]
+        each = [one["unseen_mape_percent"] for one in of_table["series"]]
+        assert of_table["unseen_mape_percent"] == pytest.approx(np.average(each, weights=rows))
+        assert of_table["holds"]
+        assert [one["holds"] for one in of_table["series"]] == [error <= 12 for error in each]
+    missed = {one["series"] for one in found[0]["series"] if not one["holds"]}
+    assert missed
+    assert all(series.startswith("vllm/") for series in missed)
+    assert {one["series"]: one["repeat_percent"] for one in found[0]["series"]}["vllm/deepep_ll/combine"] == 14.0
 
 
 def test_one_operator_alone_is_fitted_again_and_the_others_stay(tmp_path):

@@ -50,6 +50,7 @@ def calibrate(
     `simmoe calibrate measured --hardware my-gpu.yaml`
     """
     from simmoe.calibrate import kernels as kernel_calibration  # noqa: PLC0415
+    from simmoe.calibrate.repeats import repeat_errors  # noqa: PLC0415
     from simmoe.report import calibration as calibration_report  # noqa: PLC0415
 
     if beyond:
@@ -70,10 +71,11 @@ def calibrate(
                 if operator:
                     whole = kernel_calibration.with_others(whole, folder)
                 ready.append(kernel_calibration.write(entry, whole, folder))
+    repeats = repeat_errors(plans)
     if json:
-        show_json(calibration_report.to_json(calibrations, left_out))
+        show_json(calibration_report.to_json(calibrations, left_out, repeats))
     else:
-        show(calibration_report.table(calibrations, left_out))
+        show(calibration_report.table(calibrations, left_out, repeats))
         for file in filter(None, ready):
             typer.echo(f"Predict with: simmoe predict {file}")
     if not plans:
