@@ -25,6 +25,7 @@ from simmoe.routing.imbalance import BusiestRank, busiest_of
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.engines import EngineParameters, release_note
 from simmoe.specs.hardware import Hardware
+from simmoe.specs.load import calibration_of
 from simmoe.specs.model import Model
 from simmoe.specs.workload import Workload
 from simmoe.steady.front_end import delayed, outpaced
@@ -90,7 +91,8 @@ class Prediction:
                 "model": self.model,
                 "deployment": self.deployment,
                 "workload": self.workload,
-            }
+            },
+            calibration=calibration_of(self.hardware),
         )
 
 

@@ -29,7 +29,8 @@ class Provenance:
     simmoe : version of simmoe.
     python : version of Python.
     inputs : digest of each input by name, sorted.
-    calibration : digest of the calibration's contents; None: documented default efficiencies.
+    calibration : digest of the calibration's contents (its neighbour's, of a device without); None: documented default
+        efficiencies.
     seed : root seed of the run; None: nothing was drawn.
     """
 

@@ -31,6 +31,7 @@ from simmoe.sim.failures import losses_per_request
 from simmoe.sim.offload_books import bookkeeping_of
 from simmoe.sim.pool import PoolSetup
 from simmoe.specs.engines import EngineParameters, release_note
+from simmoe.specs.load import calibration_of
 from simmoe.specs.model import Model
 from simmoe.specs.scenario import Scenario
 from simmoe.specs.traces import read_trace
@@ -105,7 +106,7 @@ class Simulated:
         """Version, digests of what went in, seed."""
         s = self.scenario
         parts = {name: getattr(s, name) for name in ("hardware", "model", "deployment", "workload", "cluster", "run")}
-        return stamp(parts, seed=s.run.seed)
+        return stamp(parts, calibration=calibration_of(s.hardware), seed=s.run.seed)
 
 
 def run_scenario(

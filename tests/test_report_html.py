@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from simmoe.cli import main as cli
-from simmoe.errors import SpecError
+from simmoe.errors import SimmoeError, SpecError
 from simmoe.report import html as html_report
 from simmoe.report.html_page import Page
 from simmoe.report.plan import chance
@@ -151,3 +151,32 @@ def test_results_without_a_page_of_their_own_are_shown_as_tables(tmp_path, words
 def test_what_is_not_a_result_is_refused_in_one_line(tmp_path, text, words):
     with pytest.raises(SpecError, match=words):
         page_of(tmp_path, text)
+
+
+def test_a_sweeps_table_and_its_json_are_pages_too(tmp_path):
+    grid = (
+        "{model: deepseek-v2-lite, hardware: [h100, a100], deployment: {}, workload: {rate: 8, input: 500, output: 90}}"
+    )
+    (tmp_path / "grid.yaml").write_text(grid)
+    words = ["sweep", str(tmp_path / "grid.yaml"), "--out", str(tmp_path / "grid.csv"), "--processes", "1", "--json"]
+    rows = json.loads(CliRunner().invoke(cli.app, words).stdout)
+    html_report.write(tmp_path / "grid.csv", tmp_path / "page.html")
+    pages = ((tmp_path / "page.html").read_text(), page_of(tmp_path, json.dumps(rows)))
+    for page in pages:
+        assert "<li>workload.input: 500</li>" in page
+        assert all(f"{row['output_tokens_per_s']:,.4g}" in page for row in rows)
+        assert page.count("<tr>") == 3
+    for name, text in (("none.csv", None), ("other.csv", b"a,b\n1,2\n"), ("bytes.csv", b"\xff\xfe\x00")):
+        if text is not None:
+            (tmp_path / name).write_bytes(text)
+        with pytest.raises(SimmoeError, match=f"{name}: (there is no|not a|cannot be read as a) table"):
+            html_report.write(tmp_path / name, tmp_path / "page.html")
+
+
+@pytest.mark.parametrize(
+    "words", [("predict", "h100"), ("frontier", "h100"), ("scaling",), ("simulate", "h100", "--requests", "50")]
+)
+def test_json_says_what_made_it_the_calibration_too(words):
+    stamped = json.loads(result(*words, "--json"))["provenance"]
+    assert stamped["inputs"]["hardware"]
+    assert stamped["calibration"] is not None

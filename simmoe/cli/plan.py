@@ -133,7 +133,7 @@ def sweep(
 
 
 def report(
-    result: Annotated[Path, typer.Argument(help="What --json of plan, predict, simulate, frontier or scaling wrote.")],
+    result: Annotated[Path, typer.Argument(help="Table of a sweep, or what --json of another command wrote.")],
     out: Annotated[Path | None, typer.Option(help="Page to write. [default: the result's name with .html]")] = None,
     png: Annotated[Path | None, typer.Option(help="Folder for the figures as PNG.")] = None,
 ) -> None:
@@ -144,6 +144,8 @@ def report(
     `simmoe plan --hardware h100,h200 --rate 20 --ttft-p99 2s --tpot-p99 50ms --json > plan.json`
 
     `simmoe report plan.json --png figures`
+
+    `simmoe report grid.csv`
     """
     from simmoe.report import html as html_report  # noqa: PLC0415
 

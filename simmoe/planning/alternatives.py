@@ -189,6 +189,7 @@ def to_json(found: list[Alternative]) -> list[dict[str, Any]]:
             "output_tokens_per_s_per_device": one.output_tokens_per_s_per_device,
             "tpot_p50_s": one.prediction.metrics.tpot.p50 if one.prediction and one.prediction.metrics else None,
             "note": one.why,
+            "provenance": one.prediction.provenance.to_dict() if one.prediction else None,
         }
         for one in found
     ]

@@ -14,8 +14,10 @@ from dataclasses import dataclass, replace
 from simmoe import quality
 from simmoe.errors import SpecError
 from simmoe.predict import Prediction, default_caps, predict
+from simmoe.provenance import Provenance, stamp
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.hardware import Hardware
+from simmoe.specs.load import calibration_of
 from simmoe.specs.model import Model
 from simmoe.specs.workload import Workload
 
@@ -96,6 +98,17 @@ class Frontier:
     points: tuple[Point, ...]
     benchmarks: tuple[str, ...]
     usd_per_device_hour: float | None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Substitutions, borrowed calibrations and extrapolation of all points."""
+        return tuple(dict.fromkeys(note for point in self.points for note in point.prediction.notes))
+
+    @property
+    def provenance(self) -> Provenance:
+        """Version and digests of what made the predictions."""
+        inputs = {name: getattr(self, name) for name in ("hardware", "model", "deployment", "workload")}
+        return stamp(inputs, calibration=calibration_of(self.hardware))
 
 
 def policies(

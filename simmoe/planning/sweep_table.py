@@ -70,11 +70,14 @@ def read_rows(out: Path) -> dict[str, Row]:
     path = _journal(out)
     if not path.exists():
         return {}
-    text = path.read_bytes().decode("utf-8")
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise MeasurementError(f"{path}: cannot be read as a table ({problem})") from None
     with io.StringIO(text[: text.rfind("\n") + 1], newline="") as file:  # the last line may be half written
         reader = csv.DictReader(file)
         if "point" not in (reader.fieldnames or ()):
-            raise MeasurementError(f"{path}: not a table of a sweep (no column point); choose another --out")
+            raise MeasurementError(f"{path}: not a table of a sweep (no column point)")
         rows = [row for row in reader if None not in row.values() and None not in row and row["status"]]
     return {row["point"]: {name: _number(name, text) for name, text in row.items()} for row in rows}
 

@@ -61,6 +61,8 @@ def frontier_table(frontier: Frontier, measured: Measured | None = None) -> Rend
         for load in dict.fromkeys(point.load for point in frontier.points)
     ]
     parts.append(Text(_sources(frontier)))
+    if frontier.notes:
+        parts.append(Text("\nCoverage:\n" + "\n".join(f"  - {note}" for note in frontier.notes)))
     return Group(*parts)
 
 
@@ -180,6 +182,8 @@ def frontier_json(frontier: Frontier, measured: Measured | None = None) -> dict[
             }
             for p in frontier.points
         ],
+        "notes": list(frontier.notes),
+        "provenance": frontier.provenance.to_dict(),
     }
 
 

@@ -1,14 +1,15 @@
 """A result as one HTML page that needs nothing else: no network, no script; made for phones and for paper.
 
 Takes what `simmoe plan --json` or `simmoe predict --json` wrote, works the figures out anew from the specs named in it,
-and says every assumption and source. Results of `simulate`, `frontier` and `scaling` are shown as tables.
+and says every assumption and source. Results of `simulate`, `sweep` (its table too), `frontier` and `scaling` are shown
+as tables.
 """
 
 from __future__ import annotations
 
 import html
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from simmoe.errors import MeasurementError, SpecError
 from simmoe.planning.confirm import Trial, simulated_grid
 from simmoe.planning.objective import Limit
 from simmoe.planning.screen import LoadGrid, screen
+from simmoe.planning.sweep_table import read_rows
 from simmoe.report import html_figures
 from simmoe.report.html_page import Figures, Page
 from simmoe.report.html_sections import deployment_sections, sources, traffic
-from simmoe.report.html_tables import MARKS, tables_page
+from simmoe.report.html_tables import MARKS, sweep_page, tables_page
 from simmoe.report.plan import chance
 from simmoe.specs import load
 from simmoe.specs.deployment import Deployment
@@ -53,9 +55,8 @@ def write(result: Path, out: Path, *, pictures: Path | None = None) -> list[Path
     SpecError
         If the result is not one this reads.
     """
-    data = _read(result)
     try:
-        page, figures = _page(data)
+        page, figures = _page(result)
     except (KeyError, TypeError, AttributeError, IndexError) as problem:
         what = f"{problem} is missing" if isinstance(problem, KeyError) else str(problem)
         raise SpecError(f"{result}: not a whole result ({what}); write it anew with --json") from problem
@@ -69,7 +70,12 @@ def write(result: Path, out: Path, *, pictures: Path | None = None) -> list[Path
     return written
 
 
-def _page(data: Mapping[str, Any]) -> tuple[str, Figures]:
+def _page(result: Path) -> tuple[str, Figures]:
+    if result.suffix in (".csv", ".parquet"):
+        return _sweep_page(result, list(read_rows(result).values()))
+    data = _read(result)
+    if isinstance(data, list):
+        return _sweep_page(result, data)
     if "question" in data:
         return _plan_page(data)
     if "predictions" in data:
@@ -78,15 +84,24 @@ def _page(data: Mapping[str, Any]) -> tuple[str, Figures]:
     return page.render(), page.figures
 
 
-def _read(result: Path) -> dict[str, Any]:
+def _sweep_page(result: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[str, Figures]:
+    if not rows:
+        raise SpecError(f"{result}: there is no table of a sweep; `simmoe sweep grid.yaml --out {result}` writes one")
+    page = sweep_page(result.stem, rows)
+    return page.render(), page.figures
+
+
+def _read(result: Path) -> dict[str, Any] | list[dict[str, Any]]:
     try:
         data = json.loads(result.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SpecError(f"{result}: no such file; write one with `simmoe plan ... --json > {result}`") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as problem:
         raise SpecError(f"{result}: cannot be read as JSON ({problem})") from None
+    if isinstance(data, list) and data and all(isinstance(row, dict) and "point" in row for row in data):
+        return data  # of a sweep
     if not isinstance(data, dict) or not {"question", "predictions", *MARKS} & set(data):
-        commands = "plan, predict, simulate, frontier or scaling"
+        commands = "plan, predict, simulate, sweep, frontier or scaling"
         raise SpecError(f"{result}: not a result of simmoe; write one with --json of `simmoe {commands}`")
     return data
 

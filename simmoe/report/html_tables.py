@@ -35,6 +35,23 @@ def tables_page(data: Mapping[str, Any]) -> Page:
     return page
 
 
+def sweep_page(name: str, rows: Sequence[Mapping[str, Any]]) -> Page:
+    """The page of a sweep's rows: what is the same at every point as a list, the rest as a table."""
+    page = Page(f"Sweep {name}: {len(rows)} points")
+    columns = [key for key in rows[0] if key not in ("point", "seed") and any(row[key] is not None for row in rows)]
+    asked = columns[: columns.index("status")]
+    same = [key for key in asked if len({str(row[key]) for row in rows}) == 1 and len(rows) > 1]
+    page.heading("The same at every point")
+    page.items([f"{key}: {_cell('', rows[0][key])}" for key in same])
+    page.heading("Points")
+    told = [key for key in columns if key not in same]
+    page.table([key if key in asked else _words(key) for key in told],
+               [[_cell("" if key in asked else key, row[key]) for key in told] for row in rows])  # fmt: skip
+    page.heading("As run")
+    page.items([f"digest of each point's inputs: {', '.join(str(row['point']) for row in rows)}"])
+    return page
+
+
 def _mapping(page: Page, values: Mapping[str, Any]) -> None:
     """Single values as a list; mappings and lists of them as tables, each under its name."""
     page.items([f"{_words(key)}: {_cell(key, value)}" for key, value in values.items() if _single(value)])

@@ -146,7 +146,7 @@ def to_json(result: Simulated) -> dict[str, Any]:
         "kv_capacity_tokens": result.memory.kv_tokens,
         "duration_s": run.end_s,
         "notes": [*result.overloads, *result.notes],
-        "provenance": dataclasses.asdict(result.provenance),
+        "provenance": result.provenance.to_dict(),
     }
     cleaned: dict[str, Any] = without_nan(plain)
     return cleaned

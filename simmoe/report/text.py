@@ -242,7 +242,7 @@ def prediction_json(predictions: Sequence[Prediction]) -> dict[str, Any]:
         "engine_parameters": first.engine_parameters.model_dump(mode="json"),
         "quality_note": QUALITY_NOTE if first.model.experts else None,
         "predictions": rows,
-        "provenance": dataclasses.asdict(first.provenance),
+        "provenance": first.provenance.to_dict(),
     }
 
 

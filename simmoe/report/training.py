@@ -12,7 +12,9 @@ from rich.text import Text
 
 from simmoe.planning.offers import Offer
 from simmoe.planning.training import Choice, Serving
+from simmoe.provenance import stamp
 from simmoe.scaling_law import Allocation
+from simmoe.specs.load import calibration_of
 
 SURROGATE = (
     "Law: a surrogate for arXiv 2404.02852, whose coefficients are not published: effective parameter counts of "
@@ -89,6 +91,10 @@ def training_json(budget: float, base: Allocation, choices: Mapping[int, Choice]
         "usd_per_device_hour": offer.usd_per_device_hour,
         "choices": {str(count): dataclasses.asdict(choice) for count, choice in choices.items()},
         "claims": claims(base, choices),
+        "provenance": stamp(
+            {"hardware": offer.hardware, "budget_flop": budget, "experts": sorted(choices)},
+            calibration=calibration_of(offer.hardware),
+        ).to_dict(),
     }
 
 

@@ -127,6 +127,12 @@ def profile_names() -> dict[str, Path]:
     return {path.parent.name: path for path in sorted(data_folder("profiles").glob("*/calibration.yaml"))}
 
 
+def calibration_of(hardware: Hardware) -> Path | None:
+    """Calibration file of a device, or of the one whose efficiencies stand in; None: documented defaults answer."""
+    name = hardware.calibration or hardware.nearest_calibration
+    return calibration_path(name) if name else None
+
+
 def calibration_path(name: str) -> Path:
     """Where the calibration of a device lies, whether or not it is there: ``profiles/<name>/calibration.yaml``.
 
