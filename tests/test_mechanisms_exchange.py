@@ -233,6 +233,21 @@ def test_an_exchange_shows_where_its_own_stretch_is_short_even_if_compute_in_all
     assert sum(shown.values())[0] == pytest.approx(0.5 * (5 + 5 + 1 + 1))
 
 
+def test_products_kept_off_an_exchange_pay_for_its_multiprocessors_also_when_it_is_over():
+    """By hand: 4 of experts, 3 of projections, 1 of attention (not among the parts), a fifth of the device held."""
+    parts = {
+        "dispatch": np.array([0.5]), "combine": np.array([0.5]), "routed_experts": np.array([4.0]),
+        "projections": np.array([3.0]),
+    }  # fmt: skip
+    free, kept = (sum(two_batches(parts, 1.0, 0.2, 1.0, kept=kept).values())[0] for kept in (False, True))
+    assert free == pytest.approx(7.0 + 0.2 * 2 * 0.5)
+    # products take 5/4 of their time: 0.75 and 1.0 more, but no more is told than the exchanges take themselves
+    assert kept == pytest.approx(7.0 + min(0.75 + 1.0 + 0.25 * 0.2, 1.0))
+    long = {**parts, "dispatch": np.array([3.0]), "combine": np.array([3.0])}
+    around, experts = 3.0 / 0.8 + 1.0 + 0.25 * 0.2 * 3.0, 4.0 / 0.8
+    assert sum(two_batches(long, 1.0, 0.2, 1.0, kept=True).values())[0] == pytest.approx(around + experts - 1.0)
+
+
 def test_a_shared_expert_hides_dispatch_as_long_as_itself():
     parts = {"dispatch": np.array([3.0]), "shared_experts": np.array([2.0])}
     assert under_shared_expert(parts)["dispatch"] == pytest.approx(1.0)

@@ -297,14 +297,16 @@ class MoeLayers:
             return np.asarray(per_rank <= self.deployment.exchange.low_latency_tokens)
         return np.full(per_rank.shape, self._algorithm == "deepep_low_latency")
 
-    def held_share(self, local: Array) -> Array:
-        """Share of the device that exchange kernels hold over their time, shape of ``local``. [-]
+    def held_share(self, local: Array) -> tuple[Array, NDArray[np.bool_]]:
+        """Share of the device that exchange kernels hold over their time [-]; whether always the same multiprocessors.
 
         Bulk kernels hold some multiprocessors throughout, low-latency ones all of them while sending and receiving.
+        Each of the shape of ``local``.
         """
-        bulk = min(alltoall.DEFAULT_SMS / max(self.times.hardware.device.sms, 1), 1.0)
+        # a device with no multiprocessors to lend counts as one that lends half
+        bulk = min(alltoall.DEFAULT_SMS / max(self.times.hardware.device.sms, 1), 0.5)
         quick = self._low_latency(np.maximum(local / self.deployment.tp_size, 1.0))
-        return np.where(quick, LOW_LATENCY_HELD, bulk)
+        return np.where(quick, LOW_LATENCY_HELD, bulk), ~quick
 
     def _exchange(self, kind: LayerKind, phase: str, per_rank: Array, of_pairs: Array, of_tokens: Array) -> Array:
         """One exchange of one layer; the busiest rank's copies over the even share: one a pair, one a token. [s]"""

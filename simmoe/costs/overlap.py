@@ -3,10 +3,12 @@
 Model: ``shared``: the shared expert runs while tokens are dispatched. ``two_batch``: the batch is cut into two halves
 that take turns, so each exchange of one half runs under one stretch of the other's compute: attention under a dispatch,
 experts under the next, experts under a combine, attention under the next. An exchange longer than its stretch shows, so
-an even total is not enough. Multiprocessors that exchange kernels hold are lost to compute meanwhile.
+an even total is not enough. Multiprocessors that exchange kernels hold are lost to compute meanwhile; where bulk
+kernels hold some throughout, products are launched on the others from the start, whether one is at work or not.
 Left out: attention cut into more stretches (DeepSeek's decode), copies that contend for memory bandwidth.
 Sources: DeepSeek-AI, "DeepSeek-V3 Technical Report", arXiv 2412.19437, sec. 3.4; github.com/deepseek-ai/profile-data
-(the order of stretches). Checked in tests/test_mechanisms_exchange.py and validate/claims.
+(the order of stretches); sgl-project/sglang, batch_overlap/operations_strategy.py (``deep_gemm_num_sms``).
+Checked in tests/test_mechanisms_exchange.py and validate/claims.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 EXCHANGE = ("dispatch", "combine")
+#: Parts that are matrix products, launched on as many multiprocessors as the caller says.
+_PRODUCTS = ("projections", "shared_experts")
 #: Share of a low-latency exchange in which its kernels hold the device (sending, receiving); in flight they hold
 #: nothing. Source: the SGLang team's report on 96 H100 (May 2025), dispatch: 0.06 of 0.17 ms a layer.
 LOW_LATENCY_HELD = 0.06 / 0.17
@@ -40,15 +44,20 @@ def beside_routed_experts(parts: Mapping[str, Array]) -> Array:
 
 
 def two_batches(
-    parts: Mapping[str, Array], attention_s: Array | float, held: Array | float, moe_share: float
+    parts: Mapping[str, Array],
+    attention_s: Array | float,
+    held: Array | float,
+    moe_share: float,
+    kept: NDArray[np.bool_] | bool = False,
 ) -> dict[str, Array]:
-    r"""Parts of a step whose halves take turns; dispatch and combine keep what shows. [s]
+    r"""Parts of a step whose halves take turns; dispatch and combine keep what shows, at most themselves. [s]
 
     .. math:: t = \tfrac12 \sum_{(X, W)} \max(X,\, W + h X), \qquad
         (X, W) \in \{(D, A), (D, M), (C, M), (C, A)\}
 
     with D, C the exchanges and M, A the experts and all other compute of the MoE layers, both halves together, and h
-    the share of an exchange's time in which it holds the device.
+    the share of an exchange's time in which it holds the device. Where products are kept off its multiprocessors,
+    the part P of W that they are takes P / (1 - h), and only the rest loses h while the exchange lasts.
 
     Parameters
     ----------
@@ -56,6 +65,7 @@ def two_batches(
     attention_s : compute that is not among the parts. [s]
     held : h, scalar or of the parts' shape. [-]
     moe_share : share of the layers that are MoE layers. [-]
+    kept : whether products keep off the multiprocessors that exchanges hold, all the time.
     """
     zero = np.zeros_like(np.asarray(next(iter(parts.values())), dtype=np.float64))
     dispatch, combine = (parts.get(name, zero) for name in EXCHANGE)
@@ -63,10 +73,14 @@ def two_batches(
     dense = parts.get("dense_ffn", zero)
     beside = sum((value for name, value in parts.items() if name not in EXCHANGE), zero) + attention_s
     around = moe_share * (beside - experts - dense)
+    multiplied = moe_share * sum((parts.get(name, zero) for name in _PRODUCTS), zero)
+    share_held = np.asarray(held, dtype=np.float64)
     total = zero
     for sent in (dispatch, combine):
-        for compute in (around, experts):
-            total = total + 0.5 * np.maximum(sent, compute + np.asarray(held) * sent)
+        for compute, products in ((around, multiplied), (experts, experts)):
+            rest = np.divide(compute - products, compute, out=np.zeros_like(sent), where=compute > 0)
+            widened = products * share_held / (1.0 - share_held) + rest * share_held * sent
+            total = total + 0.5 * np.maximum(sent, compute + np.where(kept, widened, share_held * sent))
     shown = np.clip(total - around - experts, 0.0, dispatch + combine)
     share = np.divide(shown, dispatch + combine, out=np.zeros_like(shown), where=dispatch + combine > 0)
     return {name: value * share if name in EXCHANGE else value for name, value in parts.items()}

@@ -164,7 +164,8 @@ class Engine:
             parts = overlap.under_shared_expert(parts)
         if self.moe is not None and halves == 2:
             both = {name: 2 * value for name, value in parts.items()}
-            parts = overlap.two_batches(both, attention_s, self.moe.held_share(local), m.moe_layers / m.layers)
+            held, kept = self.moe.held_share(local)
+            parts = overlap.two_batches(both, attention_s, held, m.moe_layers / m.layers, kept)
         host = self.parameters.host_time_per_step
         parts["host"] = np.full(local.shape, host)
         self.sigma["host"] = UNFITTED_LOG_SIGMA
