@@ -69,6 +69,34 @@ def test_newest_is_preempted_and_recomputes_what_it_had_generated():
     assert s.pool.used == s.pool.blocks_of(31)
 
 
+def test_an_unfinished_prompt_that_lacks_blocks_waits_and_computes_nothing_twice():
+    """Preempted, its own blocks would be found in the prefix cache again, so that vLLM goes on where it left off."""
+    s = scheduler(kv=160, budget=50)
+    first, second = queue(s, (40, 9), (130, 1))
+    computed = 0
+    for step in range(30):
+        steps = s.plan(step)
+        computed += sum(new for _, new, _ in s.chunks)
+        s.complete(min(steps, 1), step + 1)
+        if s.idle:
+            break
+    assert s.idle
+    assert computed == first.input_tokens + second.input_tokens
+    assert second.first_token == 10  # the first holds its blocks for nine steps
+
+
+def test_an_unfinished_prompt_gives_way_where_decodes_need_its_blocks():
+    s = scheduler(kv=120, budget=50)
+    queue(s, (40, 35), (80, 1))
+    computed = 0
+    for step in range(60):
+        steps = s.plan(step)
+        computed += sum(new for _, new, _ in s.chunks)
+        s.complete(min(steps, 1), step + 1)
+    assert s.idle
+    assert computed > 120
+
+
 def test_single_output_token_needs_no_decode_step():
     s = scheduler()
     queue(s, (10, 1))

@@ -22,7 +22,9 @@ def vllm(s: Scheduler, now: int, *, whole_prompts: bool = False) -> bool:
     Running requests come first: each decoding one takes a token and its drafts (and, where its last block is full, a
     block; while blocks lack, the newest running request is preempted), then the unfinished prompt goes on. What is left
     of the budget admits waiting requests in order of arrival, chunking the last prompt, while seats and blocks for the
-    chunk last (with ``whole_prompts`` for the prompt, all taken at once); not in a step that preempted.
+    chunk last (with ``whole_prompts`` for the prompt, all taken at once); not in a step that preempted. An unfinished
+    prompt that lacks blocks is preempted in name only: with prefix caching its own blocks are found again when there
+    is room for the rest, unless decoding requests need them before.
     """
     pool = s.pool
     preempted = False
@@ -44,7 +46,9 @@ def vllm(s: Scheduler, now: int, *, whole_prompts: bool = False) -> bool:
             room -= blocks
             budget -= new
             s.chunks.append((partial, new, cached))
-        else:  # it is itself the newest
+        elif s.decoding and s.prefixes is not None and s.tier is None:
+            return True  # preempted, being the newest, its blocks would be found again: it waits, first in line
+        else:
             s.preempt_newest(now)
             preempted = True
     if preempted:
