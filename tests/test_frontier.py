@@ -132,3 +132,18 @@ def test_command_prints_json_and_draws(tmp_path):
 def test_a_plot_of_an_unknown_benchmark_says_what_is_known(tmp_path):
     with pytest.raises(MeasurementError, match=AVERAGE):
         frontier_report.plot(lite(), tmp_path / "x.png", "MMLU")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("frontier h100 --concurrency 8,nan", "--concurrency '8,nan': every number must be above 0 and finite"),
+        ("frontier h100 --concurrency 8,0.2", "--concurrency: 0 will not do"),
+        ("frontier h100 --rate 1,inf", "--rate '1,inf': every number must be above 0 and finite"),
+        ("plan --hardware h100 --rate 5 --ttft-p99 2s --cv nan", "--cv nan: a coefficient of variation is 0"),
+    ],
+)
+def test_numbers_that_are_none_are_told_by_their_flag(words, says):
+    problem = CliRunner().invoke(cli.app, words.split()).exception
+    assert isinstance(problem, SpecError)
+    assert str(problem).startswith(says)

@@ -240,3 +240,17 @@ def test_the_same_question_has_the_same_answer_and_stamp():
     assert first == second
     assert first.provenance == second.provenance
     assert first.provenance != predict(H100, LITE, Deployment(active_experts=4), work()).provenance
+
+
+def test_a_tail_the_closed_form_does_not_know_is_told_where_prompts_go_first():
+    long = {"input": Lengths(mean=8000), "output": Lengths(mean=64)}
+    most = predict(H100, LITE, Deployment(engine="sglang"), Workload(concurrency=64, **long))
+    capacity = most.saturation_output_tokens_per_s / 64
+
+    def told(share, engine):
+        found = predict(H100, LITE, Deployment(engine=engine), Workload(rate=share * capacity, **long))
+        return any("plays their queue" in note for note in found.notes)
+
+    assert told(0.8, "sglang")
+    assert not told(0.4, "sglang")
+    assert not told(0.8, "vllm")

@@ -176,3 +176,13 @@ def test_ray_gives_the_same_table_and_the_same_plan():
         assert plan_report.plan_json(plan(asked, ray="auto")) == plan_report.plan_json(plan(asked))
     finally:
         ray.shutdown()
+
+
+def test_a_sweep_without_a_point_that_can_be_served_says_why_and_fails(tmp_path):
+    (tmp_path / "grid.yaml").write_text(
+        "{model: deepseek-v3, hardware: h1000, workload: {rate: 1, input: 5, output: 5}}"
+    )
+    words = ["sweep", str(tmp_path / "grid.yaml"), "--out", str(tmp_path / "grid.csv"), "--processes", "1"]
+    problem = CliRunner().invoke(cli.app, words).exception
+    assert isinstance(problem, SpecError)
+    assert "grid.yaml: no point can be served; the first: hardware 'h1000' is not known; did you mean" in str(problem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,7 @@ import typer
 
 from simmoe.cli import options
 from simmoe.console import show, show_json
-from simmoe.errors import CapacityError
+from simmoe.errors import CapacityError, SpecError
 
 
 def plan(
@@ -130,6 +131,8 @@ def sweep(
         show_json(rows)
     else:
         typer.echo(f"{out}: {len(rows)} points, " + ", ".join(f"{n} {status}" for status, n in sweeps.counts(rows)))
+    if {row["status"] for row in rows} <= {"infeasible", "failed"}:
+        raise SpecError(f"{grid}: no point can be served; the first: {rows[0]['reason']}")
 
 
 def report(
@@ -178,14 +181,13 @@ def _bar() -> Any:
 
 
 def _workload(rate: float, input_tokens: float, output_tokens: float, cv: float) -> Any:
-    from simmoe.errors import SpecError  # noqa: PLC0415
     from simmoe.specs import flags  # noqa: PLC0415
     from simmoe.specs.workload import Lengths  # noqa: PLC0415
 
     workload = flags.workload_from(
         None, rate=rate, concurrency=None, input_tokens=input_tokens, output_tokens=output_tokens
     )
-    if cv < 0:
+    if not 0 <= cv < math.inf:
         raise SpecError(f"--cv {cv:g}: a coefficient of variation is 0 (fixed lengths) or more")
     if not cv:
         return workload

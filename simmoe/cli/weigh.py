@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -59,12 +60,15 @@ def frontier(
     loads = _numbers("rate", rate) if rate is not None else _numbers("concurrency", concurrency or "8,64,256")
     described, shapes = load.load_hardware(hardware), load.load_model(model)
     priced = described.price_per_device_hour is not None or price is not None
-    workload = flags.workload_from(
-        None,
-        rate=loads[0] if rate is not None else None,
-        concurrency=None if rate is not None else round(loads[0]),
-        input_tokens=input_tokens,
-        output_tokens=output_tokens,
+    workload, *_ = (  # each is looked at, so that a wrong one is told by its flag
+        flags.workload_from(
+            None,
+            rate=at if rate is not None else None,
+            concurrency=None if rate is not None else round(at),
+            input_tokens=input_tokens,
+            output_tokens=output_tokens,
+        )
+        for at in loads
     )
     found = frontiers.frontier(
         described,
@@ -143,8 +147,8 @@ def _numbers(flag: str, text: str) -> list[float]:
         numbers = [float(part) for part in text.split(",")]
     except ValueError:
         raise SpecError(f"--{flag} {text!r}: give numbers with commas, e.g. 8,64,256") from None
-    if min(numbers) <= 0:
-        raise SpecError(f"--{flag} {text!r}: every number must be above 0")
+    if not all(0 < number < math.inf for number in numbers):
+        raise SpecError(f"--{flag} {text!r}: every number must be above 0 and finite")
     return numbers
 
 

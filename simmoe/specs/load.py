@@ -231,7 +231,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
     except (UnicodeDecodeError, yaml.YAMLError) as problem:
         raise SpecError(f"{path}: cannot be read: {problem}") from None
     if not isinstance(contents, dict):
-        raise SpecError(f"{path}: holds {type(contents).__name__}, not a mapping of keys to values")
+        held = "is empty" if contents is None else f"holds a {type(contents).__name__}"
+        raise SpecError(f"{path}: {held}, not a mapping of keys to values")
     return contents
 
 
