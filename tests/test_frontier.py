@@ -138,7 +138,15 @@ def test_a_plot_of_an_unknown_benchmark_says_what_is_known(tmp_path):
     ("words", "says"),
     [
         ("frontier h100 --concurrency 8,nan", "--concurrency '8,nan': every number must be above 0 and finite"),
-        ("frontier h100 --concurrency 8,0.2", "--concurrency: 0 will not do"),
+        ("frontier h100 --concurrency 8,0.2", "--concurrency '8,0.2': give whole numbers with commas"),
+        ("frontier h100 --pools 48.5", "--pools '48.5': give whole numbers with commas"),
+        ("plan --hardware h100 --rate 5 --ttft-p99 2s --budget nan", "--budget nan: give USD per hour"),
+        ("plan --hardware h100 --rate 5 --ttft-p99 2s --seed -1", "--seed -1: a seed is 0 or more"),
+        ("plan --hardware h100 --rate 5 --ttft-p99 1e400s", "--ttft-p99: "),
+        (
+            "alternatives v100 --precision fp8",
+            "none of the alternatives can be served; the first: precision fp8: NVIDIA",
+        ),
         ("frontier h100 --rate 1,inf", "--rate '1,inf': every number must be above 0 and finite"),
         ("plan --hardware h100 --rate 5 --ttft-p99 2s --cv nan", "--cv nan: a coefficient of variation is 0"),
     ],

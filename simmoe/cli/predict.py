@@ -144,6 +144,8 @@ def alternatives(
         show_json(others.to_json(found))
     else:
         show(others.table(found))
+    if all(one.prediction is None for one in found):
+        raise SpecError(f"none of the alternatives can be served; the first: {found[0].why}")
 
 
 def mount(app: typer.Typer) -> None:

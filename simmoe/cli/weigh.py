@@ -57,7 +57,9 @@ def frontier(
 
     if rate is not None and concurrency is not None:
         raise SpecError("give --rate (open loop) or --concurrency (closed loop), not both")
-    loads = _numbers("rate", rate) if rate is not None else _numbers("concurrency", concurrency or "8,64,256")
+    loads = (
+        _numbers("rate", rate) if rate is not None else [*map(float, _whole("concurrency", concurrency or "8,64,256"))]
+    )
     described, shapes = load.load_hardware(hardware), load.load_model(model)
     priced = described.price_per_device_hour is not None or price is not None
     workload, *_ = (  # each is looked at, so that a wrong one is told by its flag
@@ -86,8 +88,8 @@ def frontier(
         workload,
         frontiers.policies(
             shapes,
-            caps=[round(n) for n in _numbers("caps", caps)] if caps else None,
-            pools=[round(n) for n in _numbers("pools", pools)] if pools else (),
+            caps=_whole("caps", caps) if caps else None,
+            pools=_whole("pools", pools) if pools else (),
             refill=refill,
         ),
         loads=loads,
@@ -127,7 +129,7 @@ def scaling(
     from simmoe.report import training as training_report  # noqa: PLC0415
     from simmoe.specs import flags, load  # noqa: PLC0415
 
-    counts = sorted({reference, *(round(n) for n in _numbers("experts", experts))})
+    counts = sorted({reference, *_whole("experts", experts)})
     sold = offer(load.load_hardware(hardware), price, name=hardware)
     base, choices = training.compare(
         budget,
@@ -150,6 +152,13 @@ def _numbers(flag: str, text: str) -> list[float]:
     if not all(0 < number < math.inf for number in numbers):
         raise SpecError(f"--{flag} {text!r}: every number must be above 0 and finite")
     return numbers
+
+
+def _whole(flag: str, text: str) -> list[int]:
+    numbers = _numbers(flag, text)
+    if any(number % 1 for number in numbers):
+        raise SpecError(f"--{flag} {text!r}: give whole numbers with commas, e.g. 8,6,4")
+    return [round(number) for number in numbers]
 
 
 def mount(app: typer.Typer) -> None:

@@ -5,6 +5,7 @@ Left out: goodput (a share of requests meeting all limits at once); `simmoe.metr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -36,8 +37,8 @@ class Limit:
                 f"limit {self.metric} {self.statistic}: give one of {', '.join(METRICS)} and one of "
                 f"{', '.join(STATISTICS)}"
             )
-        if not self.seconds > 0:
-            raise SpecError(f"limit {self.metric} {self.statistic}: {self.seconds:g} s must be above 0")
+        if not 0 < self.seconds < math.inf:
+            raise SpecError(f"limit {self.metric} {self.statistic}: {self.seconds:g} s must be above 0 and finite")
 
     def of(self, metrics: ServingMetrics) -> float:
         """The latency it limits. [s]"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from simmoe.errors import SpecError
@@ -58,6 +59,10 @@ class Question:
             raise SpecError("a plan needs at least one model and one kind of hardware")
         if min(self.most_devices, self.replica_devices, self.requests) < 1 or self.spares < 0:
             raise SpecError("--max-gpus, --replica-gpus and --requests must be at least 1, --spares at least 0")
+        if self.budget_usd_per_hour is not None and not 0 < self.budget_usd_per_hour < math.inf:
+            raise SpecError(f"--budget {self.budget_usd_per_hour:g}: give USD per hour, above 0 and finite")
+        if self.seed < 0:
+            raise SpecError(f"--seed {self.seed}: a seed is 0 or more")
 
     @property
     def rate(self) -> float:
