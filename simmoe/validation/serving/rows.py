@@ -212,9 +212,9 @@ def _deployment(row: Row, hardware: Hardware, model: Model, engine: str, gpus: i
 
 def _exchange(engine: str, ep: int, *, gathers: bool) -> dict[str, str]:
     """How ranks exchange tokens: vLLM as its release does, others gather inside a node; wider groups use DeepEP."""
-    if engine == "vllm" and ep <= _GATHERING_RANKS:
-        return {}
-    return {"algorithm": "gather" if gathers else "deepep"}
+    if engine == "vllm":
+        return {} if ep <= _GATHERING_RANKS else {"algorithm": "deepep"}
+    return {"algorithm": "gather"} if gathers else {}
 
 
 #: Largest group whose ranks all gather all tokens; beyond, the published runs send tokens to the experts' ranks.
