@@ -174,9 +174,10 @@ def test_a_sweeps_table_and_its_json_are_pages_too(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words", [("predict", "h100"), ("frontier", "h100"), ("scaling",), ("simulate", "h100", "--requests", "50")]
+    "words",
+    [tuple(PLAN), ("predict", "h100"), ("frontier", "h100"), ("scaling",), ("simulate", "h100", "--requests", "50")],
 )
 def test_json_says_what_made_it_the_calibration_too(words):
     stamped = json.loads(result(*words, "--json"))["provenance"]
-    assert stamped["inputs"]["hardware"]
+    assert any(name.startswith("hardware") for name in stamped["inputs"])
     assert stamped["calibration"] is not None

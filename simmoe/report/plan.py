@@ -14,8 +14,9 @@ from simmoe.planning import launch, whatif
 from simmoe.planning.option import Option, Side
 from simmoe.planning.screen import ENGINE_LOG_SIGMA
 from simmoe.planning.search import Plan
-from simmoe.provenance import stamp
+from simmoe.provenance import digest, stamp
 from simmoe.report.text import metrics_json
+from simmoe.specs.load import calibration_of
 
 #: Rejected options shown.
 _MOST_REJECTED = 4
@@ -102,6 +103,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
                 **{f"model {model.name}": model for model in q.models},
                 **{f"hardware {offer.name}": offer.hardware for offer in q.offers},
             },
+            calibration={o.name: digest(file) for o in q.offers if (file := calibration_of(o.hardware))} or None,
             seed=q.seed,
         ).to_dict(),
     }
