@@ -338,7 +338,7 @@ def test_estimate_recovers_the_parameters_that_made_the_figures(
         for stage, made in showdown.predict_run(run, parameters).items():
             figures[run.name, stage] = {"itl_mean": made.itl_mean, "ttft_mean": made.ttft_mean}
     monkeypatch.setattr(showdown_fit, "measured_figures", lambda _: figures)
-    found, without = showdown_fit.estimate(path, rounds=7)
+    found, without = showdown_fit.estimate(path, rounds=12)
     for name, value in truth.items():
         assert found[name] == pytest.approx(value, rel=0.3), name
     assert found["front_end_time"] == pytest.approx(8e-3, rel=0.05)

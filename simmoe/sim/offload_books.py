@@ -28,12 +28,17 @@ from simmoe.specs.engines import EngineParameters
 from simmoe.specs.model import Model
 
 SMALL_POOL = 1024
-"""Entries up to which a walk stays in the core's cache. Beyond, an entry takes longer with the square root of their
-number. Measured with CPython 3.11 on an AMD EPYC with 512 KiB of L2 a core (an ``OrderedDict`` of ctypes structures as
-vLLM has, after three turnovers; tenth percentile of 180 walks): 132, 145, 184, 279, 327 and 485 ns an entry at 1,024,
-2,048, 4,096, 5,461, 8,192 and 12,288 entries, exponent 0.53 (0.38 to 0.59 for other percentiles)."""
-WARNING_ENTRIES = 250
-"""A refusal's log line in entries of a small pool: 32 us, measured with CPython's ``logging`` to a file on the same."""
+POOL_GROWTH = 0.16
+"""An entry's walk is the same few hundred instructions in any pool, and waits for caches in one that outgrows the
+core's: beyond ``SMALL_POOL`` it takes longer with this power of their number. Measured with CPython 3.12 on an AMD EPYC
+with 512 KiB of L2 a core (an ``OrderedDict`` of 32-byte keys to ctypes structures as vLLM has, after three turnovers;
+shortest walks, median of 13 draws): 72, 73, 77, 85, 94 and 105 ns an entry at 256, 512, 1,024, 2,048, 4,096 and 5,461
+entries. At 8,192 other work on the machine always disturbed (they share L3): 105 ns at the least, mostly 140 to 240.
+Cores of H100 hosts have 1 or 2 MiB, so that a pool fills their L2 as one of half or a quarter of its entries fills this
+one: from 5,461 to 8,192 entries they would lose 6 to 9 % (the power: 7 %)."""
+WARNING_ENTRIES = 230
+"""A refusal's log line in entries of a small pool: 17 us beside 74 ns, measured with CPython's ``logging`` to a file, a
+formatter and a prefixing stream like vLLM's, on the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +78,7 @@ class OffloadBooks:
         self.block_tokens = block_tokens
         self.refused = 0
         """Requests refused in the steps looked at last."""
-        self._slowness = math.sqrt(max(1.0, blocks / SMALL_POOL))
+        self._slowness = math.pow(max(1.0, blocks / SMALL_POOL), POOL_GROWTH)
         self._offered: dict[Request, int] = {}
         """Blocks of a request that were offered and taken (or found)."""
         self._held: dict[Request, list[tuple[object, int]]] = {}

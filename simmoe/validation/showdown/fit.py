@@ -35,7 +35,7 @@ START: dict[str, tuple[float, float]] = {
     "nucleus_time": (0.25e-3, 0.1e-3),
 }
 #: Times of a pool's entry that are tried. [s]
-ENTRY_TIMES = np.geomspace(10e-9, 30e-9, 8)
+ENTRY_TIMES = np.geomspace(15e-9, 60e-9, 10)
 Key = tuple[str, str, str]
 
 #: Named in the file it writes; ``__name__`` is __main__ there.
