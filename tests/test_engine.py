@@ -167,6 +167,17 @@ def test_one_device_reduces_nothing_and_several_do():
     assert four.routed_experts_s < one.routed_experts_s
 
 
+def test_one_token_after_a_transferred_prompt_expands_no_latents():
+    """A decode pool's newcomer brings its cache: its first token attends as a decode does, not as a prompt's chunk."""
+    table = step_table(
+        Engine(HARDWARE["h200"], MODELS["deepseek-v3"], Deployment(gpus=8, tp=8)), mean_context=8000, prompt_tokens=8000
+    )
+    assert table.prefill_per_cached_s > 0
+    alone, two = ([table.step_s(Batch(0, 0, ((new, cached),))) for cached in (4000, 8000)] for new in (1, 2))
+    assert alone[1] - alone[0] == pytest.approx(4000 * table.prefill_per_pair_s)
+    assert two[1] - two[0] == pytest.approx(4000 * (2 * table.prefill_per_pair_s + table.prefill_per_cached_s))
+
+
 def test_over_nodes_ranks_reduce_as_nccl_does():
     """An engine's own all-reduce writes to its peers' memory, which ends at the node."""
     h100, model = HARDWARE["h100"], MODELS["deepseek-v3"]

@@ -253,7 +253,7 @@ class StepTable:
 def _of_prompts(batch: Batch, terms: tuple[float, float, float, float]) -> float:
     """What a step's prompt chunks add by such terms. [s]"""
     pairs = sum(n * cached + n * (n + 1) / 2 for n, cached in batch.prefill_chunks)
-    cached_tokens = sum(cached for _, cached in batch.prefill_chunks)
+    cached_tokens = sum(cached for new, cached in batch.prefill_chunks if new > 1)  # one token attends as a decode does
     return terms[0] + terms[1] * batch.prompt_tokens + terms[2] * pairs + terms[3] * cached_tokens
 
 

@@ -80,6 +80,6 @@ def _chunks(table: TickTable, s: Scheduler, dp: int) -> tuple[int, int, int]:
         tokens += new
         sampled += cached + new == request.target
         pairs += new * cached + new * (new + 1) // 2
-        before += cached
+        before += cached if new > 1 else 0  # one token alone, as after a transfer, attends as a decode does
     base, per_new, per_pair, per_cached = table.of_chunks(len(s.chunks))[1]
     return tokens, sampled, base + dp * (per_new * tokens + per_pair * pairs + per_cached * before)

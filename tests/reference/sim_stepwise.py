@@ -357,7 +357,7 @@ def step_time(table, ranks, exchange):
             share = table.prompt_shares[by_batches[-1] - 1]
             new = dp * sum(n for _, n in chunks)
             pairs = dp * sum(n * job.computed + n * (n + 1) // 2 for job, n in chunks)
-            cached = dp * sum(job.computed for job, _ in chunks)
+            cached = dp * sum(job.computed for job, new in chunks if new > 1)
             prefill.append(
                 ticks(table.prefill_base_s * share) + ticks(table.prefill_per_token_s * share) * new
                 + ticks(table.prefill_per_pair_s * share) * pairs
