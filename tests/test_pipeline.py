@@ -235,3 +235,13 @@ def test_closed_form_and_simulation_agree(concurrency, pp, seed):
     run = simulate(parts.table, workload, staged(pp, tp=1), parts.memory.kv_tokens, requests=requests, seed=seed)
     told = predict(H200, model, staged(pp, tp=1), workload).metrics
     assert told.output_tokens_per_s == pytest.approx(run.metrics.output_tokens_per_s, rel=0.06)
+
+
+def test_steps_that_now_and_then_hold_two_prompts_are_between_those_of_one_and_of_two():
+    """Two stages at 60 % load, 0.7 prompts a step: counted as one prompt each, requests took 1.65 times as long."""
+    h100, dense, deployment = load_hardware("h100"), load_model("llama-3.1-8b"), Deployment(gpus=2, tp=1, pp=2)
+    load = Workload(rate=56, input=Lengths(mean=512), output=Lengths(mean=128))
+    told = predict(h100, dense, deployment, load).metrics
+    parts = compiled_for(h100, dense, deployment, load)
+    run = simulate(parts.table, load, deployment, parts.memory.kv_tokens, requests=3000, seed=1).metrics
+    assert told.tpot.mean == pytest.approx(run.tpot.mean, rel=0.1)

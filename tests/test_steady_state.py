@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from simmoe.api import simulate
 from simmoe.engine.step import StepTable
 from simmoe.errors import CapacityError, SaturationError
 from simmoe.predict import predict
@@ -256,3 +257,17 @@ def test_time_to_first_token_does_not_fall_where_clients_begin_to_queue():
     shape = {"input": Lengths(mean=512), "output": Lengths(mean=128)}
     ttft = [predict(h20, v3, deployment, Workload(concurrency=c, **shape)).metrics.ttft.mean for c in range(76, 92, 2)]
     assert all(later > 0.99 * before for before, later in itertools.pairwise(ttft))
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_prompts_longer_than_a_rank_computes_in_a_step_go_piece_by_piece_as_simulated(engine):
+    """16 ranks of 8192 tokens a step, prompts of 32,768: each is one rank's for four steps, beside those of others.
+
+    Taken for one step that waits for the whole prompt on one rank, the answer was less than half of this.
+    """
+    deployment = Deployment(gpus=16, tp=1, dp=16, ep=16, engine=engine)
+    load = Workload(concurrency=32, input=Lengths(mean=32768), output=Lengths(mean=128))
+    told = predict(load_hardware("h200"), load_model("deepseek-v3"), deployment, load).metrics
+    played = simulate(load_hardware("h200"), load_model("deepseek-v3"), deployment, load, requests=256).metrics
+    assert told.output_tokens_per_s == pytest.approx(played.output_tokens_per_s, rel=0.1)
+    assert told.ttft.mean == pytest.approx(played.ttft.mean, rel=0.2)

@@ -151,7 +151,10 @@ def _together(load: Load, workload: Workload) -> dict[str, Array]:
     times, steps, budget, width = load.times, load.steps, load.budget, load.width
     input_tokens = workload.input.mean
     # requests per step: up to all slots decoding, or the token budget, whichever ends first
-    alone = 1.0 / (math.ceil(input_tokens / budget) + steps)  # one request at a time
+    most_each = budget / load.dp
+    pieces = math.ceil(input_tokens / most_each)  # steps of its rank that a prompt takes
+    piece = min(input_tokens, most_each)
+    alone = 1.0 / (pieces + steps)  # one request at a time
     most = min(budget / (input_tokens + width * steps), load.most / max(steps, 1.0))
     r = np.geomspace(alone, max(most, alone * 1.001), GRID)
     decoding = r * steps
@@ -161,12 +164,12 @@ def _together(load: Load, workload: Workload) -> dict[str, Array]:
         # equal outputs end together: requests stay in cohorts that are prefilled in one step, up to its token budget
         together = np.maximum(decoding + r, 1.0)
     room = np.maximum(budget - width * decoding, 1.0)
-    # prompts meet by chance: each of r (steps + 1) requests is followed by a new prompt in one of its steps
-    any_prompt = 1.0 - (1.0 - 1.0 / (steps + 1.0)) ** (r * (steps + 1.0))
+    # prompts meet by chance: each of r (steps + pieces) requests has a prompt in that many of its steps
+    any_prompt = 1.0 - (1.0 - pieces / (steps + pieces)) ** (r * (steps + pieces))
     meeting = prompt / any_prompt
-    chunk = np.clip(np.maximum(np.minimum(together * input_tokens, room), meeting), 1.0, room)
+    chunk = np.clip(np.maximum(np.minimum(together * piece, room), meeting), 1.0, room)
     share = np.minimum(prompt / chunk, 1.0)
-    cohort = np.maximum(chunk / input_tokens, 1.0)
+    cohort = np.maximum(chunk / piece, 1.0)
     # a cohort whose prompts are in a step does not decode there, but does in the others: the mean is ``decoding``
     beside = np.maximum(decoding - (cohort - 1.0) * (1.0 - share), 0.0)
     between = decoding + (cohort - 1.0) * share
@@ -174,7 +177,7 @@ def _together(load: Load, workload: Workload) -> dict[str, Array]:
     mixed_step = times.mixed_s(beside, chunk, times.fullest(between))
     step = decode_step * (1 - share) + share * mixed_step
     throughput = r / step
-    prefill = np.maximum(np.ceil(input_tokens / chunk), 1.0) * mixed_step
+    prefill = np.maximum(np.ceil(input_tokens / chunk), pieces) * mixed_step
     seen = step
     in_flight = throughput * (prefill + steps * seen)
     for _ in range(3):

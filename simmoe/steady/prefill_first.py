@@ -45,11 +45,11 @@ def prefill_first(load: Load, workload: Workload) -> dict[str, Array]:
     in_step = closed and workload.output.kind == "fixed"
     pieces = float(max(1, math.ceil(input_tokens / (load.budget / dp))))
     most_prompts = load.budget / input_tokens
-    fewest, fullest = min(1.0, most_prompts), times.fullest(decoding)
+    fewest, fullest = min(1.0, most_prompts / dp), times.fullest(decoding)
     decode_step = times.decode_s(decoding)
     prompts = np.minimum(decoding, most_prompts) if in_step else np.full_like(decoding, fewest)
     for _ in range(1 if in_step else _ROUNDS):
-        waiting = np.ones_like(decoding) if in_step else 1.0 - (1.0 - 1.0 / dp) ** np.maximum(prompts, 1.0)
+        waiting = np.ones_like(decoding) if in_step else 1.0 - (1.0 - 1.0 / dp) ** np.maximum(prompts * pieces, 1.0)
         beside = decoding * (1.0 - waiting)
         # a rank without a prompt decodes as many as ever, unless every rank has one
         slowest = decoding * (1.0 - waiting**dp)

@@ -56,6 +56,7 @@ class StepTimes:
         self.varied = _cv2(workload.input)
         self.context_cv = _context_cv(workload)
         self.largest = _largest_normal(self.dp)
+        self.most_each = float(deployment.max_num_batched_tokens)
 
     def fullest(self, decoding: Array) -> Array:
         """Context of the fullest rank over the mean rank's. [-]"""
@@ -76,18 +77,20 @@ class StepTimes:
     def mixed_s(self, beside: Array, chunk: Array, fullest: Array, waited_for: Array | None = None) -> Array:
         """Step with ``chunk`` prompt tokens and ``beside`` decoding requests. [s]
 
+        A prompt is one rank's; of one longer than what a rank computes in a step, a step carries a piece.
         ``waited_for``: decoding requests of the replica if all its ranks had as many as the fullest; None: ``beside``.
         """
         table, input_tokens, varied = self.table, self.input_tokens, self.varied
-        cohort = np.maximum(chunk / input_tokens, 1.0)
-        spread = np.interp(chunk / input_tokens, np.arange(1, self.dp + 1), self.largest)
+        piece = min(input_tokens, self.most_each)
+        cohort = np.maximum(chunk / piece, 1.0)
+        spread = np.interp(cohort, np.arange(1, self.dp + 1), self.largest)
         longest = 1.0 + math.sqrt(varied) * spread
         # ranks that step together wait for the one that has a prompt: attention and head as if each had one
-        slowest = np.maximum(chunk, self.dp * np.minimum(chunk, input_tokens * longest))
+        whole = input_tokens * longest
+        slowest = np.maximum(chunk, self.dp * np.minimum(np.minimum(chunk, whole), self.most_each))
         # a prompt meets itself: pairs grow as the mean of squares
         pairs = slowest * (input_tokens * (longest + varied / longest) + 1) / 2
         # later chunks of a prompt that one step does not hold stand, on average, behind half of the rest
-        whole = input_tokens * longest
         cached = self.dp * (whole - np.minimum(slowest / self.dp, whole)) / 2
         attending = beside if waited_for is None else waited_for
         sampled = np.minimum(self.width * beside + slowest / input_tokens, len(table.head_s) - 1)
@@ -108,9 +111,15 @@ def _with_prompts(table: StepTable, rows: Array, prompts: Array) -> tuple[Array,
     index = np.arange(table.max_tokens + 1)
     if len(shares) == 1:
         return np.interp(rows, index, by_batches[0]), shares
-    chosen = np.minimum(prompts, float(len(shares))).astype(np.int64) - 1
-    times = np.stack([np.interp(rows, index, row) for row in by_batches])
-    return times[chosen, np.arange(rows.size)], shares[chosen]
+    # a mean of 1.4 prompts is a step with one and, now and then, one with two
+    at = np.minimum(prompts, float(len(shares))) - 1.0
+    fewer = np.minimum(at.astype(np.int64), len(shares) - 2)
+    part = at - fewer
+    times, each = np.stack([np.interp(rows, index, row) for row in by_batches]), np.arange(rows.size)
+    return (
+        times[fewer, each] * (1.0 - part) + times[fewer + 1, each] * part,
+        shares[fewer] * (1.0 - part) + shares[fewer + 1] * part,
+    )
 
 
 def _cv2(lengths: Lengths) -> float:
