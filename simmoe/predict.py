@@ -29,7 +29,7 @@ from simmoe.specs.hardware import Hardware
 from simmoe.specs.load import calibration_of
 from simmoe.specs.model import Model
 from simmoe.specs.workload import Workload
-from simmoe.steady.front_end import delayed, outpaced
+from simmoe.steady.front_end import delayed
 from simmoe.steady.load_curve import Curve, load_curve, saturation_requests_per_s
 from simmoe.steady.prefill_first import prompts_first
 from simmoe.steady.state import steady_state
@@ -152,8 +152,9 @@ def predict(hardware: Hardware, model: Model, deployment: Deployment, workload: 
     saturation = saturation_requests_per_s(curve) * deployment.replicas * workload.output.mean
     metrics: ServingMetrics | None
     try:
-        metrics, bound = steady_state(curve, deployment, workload, parts.memory.kv_tokens)
-        metrics = delayed(metrics, parts.engine.parameters, workload.input.mean)
+        parameters = parts.engine.parameters
+        metrics, bound = steady_state(curve, deployment, workload, parts.memory.kv_tokens, parameters)
+        metrics = delayed(metrics, parameters, workload.input.mean, deployment.replicas)
         if workload.output.mean == 1:  # a gap takes two tokens
             nothing = Quantiles.of(np.empty(0))
             metrics = replace(metrics, tpot=nothing, itl=nothing)
@@ -185,7 +186,6 @@ def predict(hardware: Hardware, model: Model, deployment: Deployment, workload: 
         engine_parameters=parts.engine.parameters,
         notes=(
             *_told(deployment, hardware),
-            *(outpaced(metrics, workload) if metrics else ()),
             *(_queued_prompts(metrics, deployment, workload, saturation) if metrics else ()),
             *parts.engine.times.notes,
         ),

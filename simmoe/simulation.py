@@ -36,7 +36,7 @@ from simmoe.specs.model import Model
 from simmoe.specs.scenario import Scenario
 from simmoe.specs.traces import read_trace
 from simmoe.specs.workload import Workload
-from simmoe.steady.front_end import at_client, outpaced
+from simmoe.steady.front_end import at_client
 from simmoe.units import text
 
 #: Measured requests of an endless workload if nothing is said.
@@ -151,6 +151,7 @@ def run_scenario(
                 handover=handover,
                 tier=host_tier_of(s.model, s.deployment, s.hardware),
                 bookkeeping=bookkeeping_of(s.model, s.deployment, parameters),
+                front_end=parameters,
                 every_step=every_step,
             )
         )
@@ -164,7 +165,7 @@ def run_scenario(
         memory=parts.memory,
         engine_parameters=parameters,
         overloads=tuple(_overloads(runs[0], s.workload)),
-        notes=(*_notes(s, runs), *beyond, *outpaced(seen[0], s.workload), *parts.engine.times.notes),
+        notes=(*_notes(s, runs), *beyond, *parts.engine.times.notes),
     )
 
 

@@ -23,10 +23,12 @@ from simmoe.sim.request import Request
 from simmoe.sim.routers import ROUTERS, router_named
 from simmoe.specs.cluster import Autoscaling, Cluster, Disaggregation, Failures, PolicyName, RouterName
 from simmoe.specs.deployment import Deployment
+from simmoe.specs.engines import EngineParameters
 from simmoe.specs.hardware import Link
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.speculative import Speculative
 from simmoe.specs.workload import Arrivals, Lengths, Prompts, Workload
+from simmoe.steady.front_end import at_client
 
 SMALL = Deployment(gpus=1, tp=1, max_num_seqs=8, max_num_batched_tokens=64)
 TABLE = make_table(64, 8)
@@ -35,6 +37,18 @@ SPECULATIVE = Speculative(method="ngram", draft_tokens=2, acceptance_length=1.7)
 
 def fixed(tokens):
     return Lengths(mean=tokens)
+
+
+#: constant, per running request, per prompt token [s]
+front_ends = st.sampled_from([(0.0, 0.0, 0.0), (0.02, 0.0, 0.0), (0.0, 3e-3, 0.0), (1e-3, 1e-3, 5e-4)])
+
+
+def front_end(times):
+    constant, per_request, per_token = times
+    return EngineParameters(
+        engine="generic", front_end_time=constant, front_end_time_per_request=per_request,
+        front_end_time_per_token=per_token, source="test",
+    )  # fmt: skip
 
 
 def assert_equal_to_twin(result, jobs):
@@ -81,18 +95,19 @@ def loops(draw, most_in=40, most_out=50):
     st.sampled_from(["least_outstanding", "prefix_aware"]),
     st.one_of(st.none(), tiers),
     st.sampled_from([4, 16]),
+    front_ends,
 )
 def test_failing_replicas_equal_the_twin(
-    workload, replicas, dp, kv_tokens, seed, policy, between, restart, ahead, speculative, router, tier, block
+    workload, replicas, dp, kv_tokens, seed, policy, between, restart, ahead, speculative, router, tier, block, front
 ):
     deployment = SMALL.vary(gpus=replicas * dp, dp=dp, speculative=speculative, kv_block_size=block)
     table = replace(make_table(64 * dp, 8 * dp, rows=deployment.rows_per_decode), steps_ahead=ahead)
     failures = Failures(mean_time_between=between, restart_time=restart)
     options = {"requests": 25, "seed": seed, "policy": policy, "router": router, "tier": tier}
-    jobs = simulate_cluster(table, workload, deployment, kv_tokens * dp, failures=failures, **options)
+    jobs = simulate_cluster(table, workload, deployment, kv_tokens * dp, failures=failures, front_end=front, **options)
     result = simulate(
         table, workload, deployment, kv_tokens * dp, keep_load=False, warmup=0.0,
-        cluster=Cluster(failures=failures), **options,
+        cluster=Cluster(failures=failures), front_end=front_end(front), **options,
     )  # fmt: skip
     assert_equal_to_twin(result, jobs)
 
@@ -113,9 +128,10 @@ def test_failing_replicas_equal_the_twin(
     ),
     st.sampled_from([0, 1]),
     st.sampled_from([None, SPECULATIVE, SPECULATIVE.vary(sampled=True)]),
+    front_ends,
 )
 def test_prefill_and_decode_apart_equal_the_twin(
-    workload, prefill, decode, kv_in, kv_out, seed, transfer, ahead, speculative
+    workload, prefill, decode, kv_in, kv_out, seed, transfer, ahead, speculative, front
 ):
     second = SMALL.vary(gpus=decode, max_num_seqs=4, kv_block_size=4, speculative=speculative)
     pools = (SMALL.vary(gpus=prefill), second)
@@ -124,11 +140,13 @@ def test_prefill_and_decode_apart_equal_the_twin(
         replace(make_table(64, 4, slope=2e-4, rows=second.rows_per_decode), steps_ahead=ahead), pools[1], kv_out
     )  # fmt: skip
     options = {"requests": 25, "seed": seed}
-    jobs = simulate_cluster(table, workload, pools[0], kv_in, decode=second, transfer=transfer, **options)
+    jobs = simulate_cluster(
+        table, workload, pools[0], kv_in, decode=second, transfer=transfer, front_end=front, **options
+    )
     setup = PoolSetup(table=second[0], deployment=second[1], kv_tokens=second[2])
     result = simulate(
         table, workload, pools[0], kv_in, keep_load=False, warmup=0.0,
-        handover=Handover(decode=setup, transfer=transfer), **options,
+        handover=Handover(decode=setup, transfer=transfer), front_end=front_end(front), **options,
     )  # fmt: skip
     assert_equal_to_twin(result, jobs)
     log = result.steps
@@ -215,6 +233,58 @@ def test_failures_cost_time_and_recomputation():
     assert hit.failures > 5
     assert hit.preemptions > 0
     assert hit.metrics.e2e.mean > calm.metrics.e2e.mean
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    loops(),
+    st.integers(1, 2),
+    st.sampled_from([1, 2]),
+    st.integers(0, 2**30),
+    st.sampled_from(["vllm", "trtllm", "trtllm_max_utilization", "sglang"]),
+    st.sampled_from([0, 1]),
+    st.sampled_from([None, SPECULATIVE]),
+    front_ends,
+)
+def test_clients_in_the_front_end_equal_the_twin(workload, replicas, dp, seed, policy, ahead, speculative, front):
+    """A replica alone, without an event queue, among them."""
+    deployment = SMALL.vary(gpus=replicas * dp, dp=dp, speculative=speculative)
+    table = replace(make_table(64 * dp, 8 * dp, rows=deployment.rows_per_decode), steps_ahead=ahead)
+    options = {"requests": 40, "seed": seed, "policy": policy}
+    jobs = simulate_cluster(table, workload, deployment, 400 * dp, front_end=front, **options)
+    result = simulate(
+        table, workload, deployment, 400 * dp, keep_load=False, warmup=0.0, front_end=front_end(front), **options
+    )
+    assert_equal_to_twin(result, jobs)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.integers(1, 12),
+    st.sampled_from([0.0, 0.05]),
+    lengths(40),
+    lengths(50),
+    st.integers(1, 2),
+    st.sampled_from([1, 2]),
+    st.sampled_from(["vllm", "trtllm", "sglang"]),
+    st.sampled_from([0, 1]),
+    front_ends,
+    st.integers(0, 2**30),
+)
+def test_a_client_sends_its_next_request_when_it_has_the_last_token_and_has_thought(
+    clients, think, inputs, outputs, replicas, dp, policy, ahead, front, seed
+):
+    """Little's law without an error of its own: from one sending to the next is E2E and think time, nothing else."""
+    workload = Workload(concurrency=clients, think_time=think, think="fixed", input=inputs, output=outputs)
+    deployment = SMALL.vary(gpus=replicas * dp, dp=dp)
+    table = replace(make_table(64 * dp, 8 * dp), steps_ahead=ahead)
+    result = simulate(
+        table, workload, deployment, 4000 * dp, requests=60, seed=seed, policy=policy, keep_load=False, warmup=0.0,
+        front_end=front_end(front),
+    )  # fmt: skip
+    seen = at_client(result.requests, result.steps, front_end(front), dp)
+    again = np.sort(seen.finished_s)[: len(seen) - clients] + think
+    assert np.sort(seen.arrival_s)[clients:] == pytest.approx(again, rel=1e-9, abs=1e-12)
 
 
 def test_thinking_clients_are_the_machine_repair_queue():

@@ -163,15 +163,24 @@ def test_figures_are_rates_of_all_gpus_and_latencies_in_milliseconds(tmp_path):
     assert all(c.lower < c.predicted < c.upper for c in found.values())
 
 
+#: Answers that end one by one; equal ones would stay together, burst or not.
+VARIED = "random uniform 1..800 in, 1..400 out"
+
+
 def test_a_short_burst_delivers_less_than_the_steady_state_it_never_reaches():
-    burst = describe(row(concurrency="", request_rate="inf", num_requests=200.0, output_tokens=200.0))
+    burst = describe(
+        row(concurrency="", request_rate="inf", num_requests=200.0, output_tokens=200.0, length_distribution=VARIED)
+    )
     steady = dataclasses.replace(burst, requests=None)
     assert serving.solve(burst)[0].output_tokens_per_s < 0.97 * serving.solve(steady)[0].output_tokens_per_s
 
 
 def test_clients_that_start_together_wait_for_each_others_prompts():
     """Where steps are not decided ahead; with vLLM's asynchronous scheduling later rounds wait a step too."""
-    one_round, many = (describe(row(engine="trtllm", concurrency=64.0, num_requests=n)) for n in (64.0, 64.0 * 40))
+    one_round, many = (
+        describe(row(engine="trtllm", concurrency=64.0, num_requests=n, length_distribution=VARIED))
+        for n in (64.0, 64.0 * 40)
+    )
     assert serving.solve(one_round)[0].ttft.mean > 1.5 * serving.solve(many)[0].ttft.mean
 
 

@@ -159,6 +159,9 @@ def estimate_defaults(tables: Iterable[Table]) -> list[DefaultsFit]:
     By least absolute error of logarithms. Taken are closed loops of at least two rounds of releases without a slowdown
     of their own, on devices with kernel measurements of their own: bursts say more of the queue than of the engine, and
     an error of borrowed kernels would be taken for its time. A latency of unnamed statistic counts as a mean.
+
+    The front end is in a client's cycle, so what requests meet in the engine depends on the times asked for: runs are
+    solved with those of engines.yaml, which are right when the estimates repeat them.
     """
     tpot: dict[str, list[tuple[str, float, Array]]] = defaultdict(list)
     ttft: dict[str, list[tuple[str, float, Array]]] = defaultdict(list)

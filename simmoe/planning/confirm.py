@@ -147,12 +147,9 @@ def _run(trial: Trial, factor: float, requests: int) -> ServingMetrics:
     parts = compiled_for(trial.hardware, trial.model, trial.deployment, trial.workload)
     metrics = simulate(
         scaled(parts.table, factor), trial.workload, trial.deployment, parts.memory.kv_tokens,
-        requests=requests, seed=trial.seed, handover=_handover(trial, factor),
+        requests=requests, seed=trial.seed, handover=_handover(trial, factor), front_end=parts.engine.parameters,
     ).metrics  # fmt: skip
-    # every replica that takes requests in has a front end of its own
-    each = dataclasses.replace(metrics, mean_running=metrics.mean_running / trial.deployment.replicas)
-    seen = delayed(each, parts.engine.parameters, trial.workload.input.mean)
-    return dataclasses.replace(seen, mean_running=metrics.mean_running)
+    return delayed(metrics, parts.engine.parameters, trial.workload.input.mean, trial.deployment.replicas)
 
 
 def _handover(trial: Trial, factor: float) -> Handover | None:

@@ -31,6 +31,7 @@ from simmoe.specs.deployment import Deployment
 from simmoe.specs.hardware import Hardware
 from simmoe.specs.model import Model
 from simmoe.specs.workload import Workload
+from simmoe.steady.front_end import delayed
 
 AnySpec = TypeVar("AnySpec", bound=Spec)
 
@@ -184,9 +185,12 @@ def evaluate(point: Point) -> Row:
         low, high = prediction.throughput_90
         if point.method == "simulated":
             parts = compiled_for(hardware, model, deployment, workload)
+            parameters = parts.engine.parameters
             metrics = simulate(
-                parts.table, workload, deployment, parts.memory.kv_tokens, requests=point.requests, seed=point.seed
-            ).metrics
+                parts.table, workload, deployment, parts.memory.kv_tokens, requests=point.requests, seed=point.seed,
+                front_end=parameters,
+            ).metrics  # fmt: skip
+            metrics = delayed(metrics, parameters, workload.input.mean, deployment.replicas)
             row["seed"] = point.seed
         row |= {"status": "ok", "output_tokens_per_s_low": low, "output_tokens_per_s_high": high, **_figures(metrics)}
         usd = _price(point, hardware)

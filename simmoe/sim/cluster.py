@@ -22,6 +22,7 @@ from simmoe.sim.recorder import Recorder
 from simmoe.sim.ticks import S_PER_TICK, to_ticks
 from simmoe.specs.cluster import Cluster
 from simmoe.specs.deployment import Deployment
+from simmoe.specs.engines import EngineParameters
 from simmoe.specs.traces import read_trace
 from simmoe.specs.workload import Workload
 
@@ -77,6 +78,7 @@ def simulate(
     tier: HostTier | None = None,
     bookkeeping: Bookkeeping | None = None,
     recorded: Recorded | None = None,
+    front_end: EngineParameters | None = None,
     every_step: bool = False,
 ) -> SimulationResult:
     """Play ``requests`` requests (or those that arrive in ``duration_s``) through the deployment's replicas.
@@ -110,6 +112,9 @@ def simulate(
         What a rank's scheduler spends on the books of such a pool, see `offload_books`.
     recorded : Recorded, optional
         Arrivals and shapes in place of those the workload, then an open loop, describes.
+    front_end : EngineParameters, optional
+        Whose front end is in the cycle of a closed loop's clients; times in the result are the engine's, see
+        `steady.front_end.at_client`.
     every_step : bool
         Whether the log keeps every step; otherwise older ones are merged when they are many (`recorder.MOST_ROWS`).
 
@@ -157,6 +162,7 @@ def simulate(
         Recorder(every_step=every_step),
         router=router or rules.router,
         seed=seed,
+        front_end=front_end,
     )
     run.run(requests, None if duration_s is None else to_ticks(duration_s), keep_load=keep_load)
     return _result(run, kv_tokens, warmup, seed)

@@ -1,6 +1,8 @@
 """One run: requests come, go to pools of replicas and leave, until every measured one has left.
 
-Open loop: requests come at their own times; closed loop: a client's next one when its last has ended. A replica alone
+Open loop: requests come at their own times; closed loop: a client's next one when its last has ended, passed the front
+end (`steady.front_end`) and been thought about. A request's clock starts when it reaches the router: all of the front
+end's time stands behind its last token here, and `steady.front_end.at_client` puts it where it belongs. A replica alone
 needs no event queue, for the next thing to happen is its next arrival or its step's end (`Play._play_alone`).
 """
 
@@ -8,6 +10,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Generator
+from heapq import heappop, heappush
+from itertools import count
 
 import simpy
 
@@ -21,8 +25,11 @@ from simmoe.sim.recorder import Recorder
 from simmoe.sim.replica import Replica
 from simmoe.sim.request import Request
 from simmoe.sim.routers import router_named
+from simmoe.sim.ticks import to_ticks
 from simmoe.specs.cluster import Cluster
+from simmoe.specs.engines import EngineParameters
 from simmoe.specs.workload import Workload
+from simmoe.steady.front_end import front_end_s
 
 
 class Play:
@@ -31,6 +38,7 @@ class Play:
     def __init__(
         self, setup: PoolSetup, workload: Workload, rules: Cluster, handover: Handover | None,
         recorded: Recorded | None, recorder: Recorder, *, router: str, seed: int,
+        front_end: EngineParameters | None = None,
     ) -> None:  # fmt: skip
         self.env = Clock()
         self.recorder = recorder
@@ -82,8 +90,15 @@ class Play:
         if rules.failures is not None:
             for replica, source in enumerate(streams.failures.spawn(setup.replicas)):
                 self.env.process(failing(self.env, self.pool, replica, rules.failures, source))
+        self._front_end = None if workload.open_loop else front_end
+        for pool in self.pools:
+            for one in pool.replicas:
+                one.counts_running = self._front_end is not None
+        self._away: list[tuple[int, int]] = []
+        """When clients of a replica alone send again [ticks], in order, and the order in which they began to wait."""
+        self._waits = count()
         # what comes at times of its own, besides arrivals and step ends
-        others = (rules.autoscaling, rules.failures, handover, self._thinking)
+        others = (rules.autoscaling, rules.failures, handover)
         self._eventful = any(other is not None for other in others)
         self.events = 0
         self._issued = 0
@@ -93,20 +108,23 @@ class Play:
         """Measured requests in the system."""
         self._ended = False
         self._over = self.env.event()
+        self._alone = False
 
     def run(self, requests: int | None, until: int | None, *, keep_load: bool) -> None:
         """Run until every measured request has left."""
         self.limit = sys.maxsize if requests is None else requests
         self._until, self._keep_load = until, keep_load
         replicas = self.pool.replicas
-        alone = not self._eventful and len(replicas) == 1
+        alone = self._alone = not self._eventful and len(replicas) == 1
         replicas[0].eventless = alone
         if self.workload.concurrency is not None:
             for _ in range(self.workload.concurrency):
                 self._issue()
         elif not alone:
             self.env.process(self._open_loop())
-        if alone:
+        if alone and self.workload.concurrency is not None:
+            self._play_clients_alone(replicas[0])
+        elif alone:
             self._play_alone(replicas[0])
         else:
             self.env.run(until=self._over)
@@ -154,6 +172,26 @@ class Play:
                     break
         self.events = events
 
+    def _play_clients_alone(self, replica: Replica) -> None:
+        """As `_play_alone`, for a closed loop: who comes next may be told by the step that ends."""
+        clock, away = self.env, self._away
+        events = 0
+        while not self._ended:
+            end = replica.begin_knowing(clock.now, away[0][0] if away else None)
+            events += 1
+            if end is None and not away:  # nobody here and nobody to come
+                self._no_more()
+                break
+            until = away[0][0] if end is None else end
+            while away and away[0][0] <= until:
+                clock.advance(heappop(away)[0])
+                events += 1
+                self._issue()
+            if end is not None and not self._ended:
+                clock.advance(end)
+                replica.end_knowing(end)
+        self.events = events
+
     def _no_more(self) -> None:
         """Stages or trace have ended."""
         self.limit = min(self.limit, self._issued)
@@ -199,14 +237,24 @@ class Play:
         if request.index < self.limit:
             self._open -= 1
         if self.workload.concurrency is not None:
-            if self._thinking is None:
+            pause = 0 if self._thinking is None else next(self._thinking)
+            if self._front_end is not None:
+                running = self._replica_of(rank).in_step
+                pause += to_ticks(front_end_s(self._front_end, running, request.input_tokens))
+            if not pause:
                 self._issue()
+            elif self._alone:
+                heappush(self._away, (self.env.now + pause, next(self._waits)))
             else:
-                At(self.env, next(self._thinking), ARRIVAL, self._thought)
+                At(self.env, pause, ARRIVAL, self._back)
         if self._open == 0:
             self._check_over()
 
-    def _thought(self, _: simpy.Event) -> None:
+    def _replica_of(self, rank: int) -> Replica:
+        pool = self.pools[-1] if rank >= self.pools[-1].first_rank else self.pool
+        return pool.replicas[(rank - pool.first_rank) // pool.dp]
+
+    def _back(self, _: simpy.Event) -> None:
         self._issue()
 
     def _check_over(self) -> None:

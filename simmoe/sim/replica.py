@@ -89,6 +89,10 @@ class Replica:
         self._stepping = False
         self.eventless = False
         """Whether whoever runs the replica calls it at the right times, see `begin_knowing`."""
+        self.counts_running = False
+        """Whether `in_step` is kept."""
+        self.in_step = 0
+        """Requests in the step accounted for last, over the ranks."""
         self._start = self._steps = self._first = self._growth = 0
 
     def arrive(self, rank: int, request: Request) -> None:
@@ -220,6 +224,12 @@ class Replica:
         self._stepping = False
         steps = self._steps
         rank = self.first_rank
+        if self.counts_running:
+            self.in_step = sum(
+                scheduler.decoding + len(scheduler.chunks)
+                for scheduler in self.ranks
+                if scheduler.chunks or (scheduler.decoding and not scheduler.pausing)
+            )
         for scheduler in self.ranks:
             decoding, chunks = 0 if scheduler.pausing else scheduler.decoding, scheduler.chunks
             if decoding or chunks:

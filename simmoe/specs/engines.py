@@ -2,7 +2,8 @@
 
 ``host_time_per_step``: scheduling, input preparation, sampling, detokenising that the device waits for, per step.
 ``host_time_per_sequence``: the part of it that grows with the number of running requests.
-``front_end_time``: tokenising, HTTP and queue hand-over before a request reaches the scheduler; adds to TTFT only.
+``front_end_time``: tokenising, HTTP and queue hand-over before a request reaches the scheduler: in TTFT and
+end-to-end time, and so in the cycle of a closed loop's clients.
 ``front_end_time_per_request``, ``_per_token``: the parts of it that grow with the number of requests being served and
 with the tokens of the prompt.
 ``nucleus_time``, ``nucleus_bytes_per_logit``: sorting and summing the vocabulary where top-p or top-k sampling is on:

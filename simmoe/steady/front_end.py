@@ -2,11 +2,15 @@
 
 Model: a constant, a share per request being served, for the front end's event loop also streams their tokens, and a
 share per token of the prompt.
-Delays the first token and the end; gaps between tokens at the engine and throughput stay. In closed form one delay
-holds for all requests; a simulation counts who runs when a request's first and last token come.
-Left out: saturation of the front end, start-up costs of the first requests. In a closed loop this time is not in a
-client's cycle, as engine times were fitted to runs so read; `outpaced` says where that matters. Estimated by
-`simmoe.calibrate.engines`, see simmoe/specs/engines.yaml.
+Delays the first token and the end; gaps between tokens at the engine stay. A closed loop's client sends its next
+request when it has the last token of the one before, so this time is in its cycle: clients = requests/s x (end-to-end
+time + think time). In closed form one delay holds for all requests; a simulation counts who runs when a request's
+first and last token come. Where lengths differ a constant delay changes little in the engine; where all outputs are
+equal, requests that end within a delay of one another come back together, and wait for each other's prompts from then
+on.
+Left out: saturation of the front end, chance in its delay, start-up costs of the first requests; in an open loop
+prompts of different lengths overtaking each other in it. A front end that takes requests one after another, or delays
+them by chance, told left-out models worse. Estimated by `simmoe.calibrate.engines`, see simmoe/specs/engines.yaml.
 """
 
 from __future__ import annotations
@@ -18,12 +22,8 @@ from numpy.typing import NDArray
 
 from simmoe.metrics import Quantiles, RequestTable, ServingMetrics, StepLog
 from simmoe.specs.engines import EngineParameters
-from simmoe.specs.workload import Workload
 
 Array = NDArray[np.float64]
-
-#: How much more than that is told in a note. [-]
-_OUTPACED = 1.03
 
 
 def front_end_s(parameters: EngineParameters, running: float, input_tokens: float) -> float:
@@ -35,28 +35,16 @@ def front_end_s(parameters: EngineParameters, running: float, input_tokens: floa
     )
 
 
-def delayed(metrics: ServingMetrics, parameters: EngineParameters, input_tokens: float) -> ServingMetrics:
-    """The metrics as a client sees them: TTFT and end-to-end time include the front end."""
-    delay = front_end_s(parameters, metrics.mean_running, input_tokens)
+def delayed(
+    metrics: ServingMetrics, parameters: EngineParameters, input_tokens: float, replicas: int = 1
+) -> ServingMetrics:
+    """The metrics as a client sees them: TTFT and end-to-end time include the front end, of which a replica has one."""
+    delay = front_end_s(parameters, metrics.mean_running / replicas, input_tokens)
 
     def later(q: Quantiles) -> Quantiles:
         return replace(q, mean=q.mean + delay, p50=q.p50 + delay, p90=q.p90 + delay, p99=q.p99 + delay)
 
     return replace(metrics, ttft=later(metrics.ttft), e2e=later(metrics.e2e))
-
-
-def outpaced(metrics: ServingMetrics, workload: Workload) -> tuple[str, ...]:
-    """A note where closed-loop clients with the front end in their cycle cannot ask for so many requests."""
-    if workload.concurrency is None:
-        return ()
-    most = workload.concurrency / (metrics.e2e.mean + workload.think_time)
-    if metrics.requests_per_s <= _OUTPACED * most:
-        return ()
-    note = (
-        "closed loop: the front end's time is in TTFT and end-to-end time, not in a client's cycle, which matters "
-        "here: clients divided by end-to-end time is the better estimate of requests per second"
-    )
-    return (note,)
 
 
 def at_client(

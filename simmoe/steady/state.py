@@ -1,18 +1,23 @@
 """Steady state of a deployment in closed form, without simulating.
 
 Model: continuous batching as a load-dependent server whose throughput X(N) with N requests in flight is tabulated in
-`simmoe.steady.load_curve`. Closed loop: N is the concurrency. Open loop: `simmoe.steady.open_loop`.
+`simmoe.steady.load_curve`. Closed loop: N is the concurrency less who is in the front end or thinks, and
+clients = X (E2E + front end + think time) holds exactly. Open loop: `simmoe.steady.open_loop`.
 Left out: the start's transient, preemption.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simmoe.metrics import Quantiles, ServingMetrics
 from simmoe.specs.deployment import Deployment
+from simmoe.specs.engines import EngineParameters
 from simmoe.specs.workload import Workload
+from simmoe.steady.front_end import front_end_s
 from simmoe.steady.load_curve import SHOWN, Curve
 from simmoe.steady.open_loop import open_loop
 
@@ -20,9 +25,18 @@ Array = NDArray[np.float64]
 
 
 def steady_state(
-    curve: Curve, deployment: Deployment, workload: Workload, kv_tokens: float
+    curve: Curve,
+    deployment: Deployment,
+    workload: Workload,
+    kv_tokens: float,
+    front_end: EngineParameters | None = None,
 ) -> tuple[ServingMetrics, str]:
     """Solve the steady state; return the metrics over all replicas and what bounds the throughput.
+
+    Parameters
+    ----------
+    front_end : whose front end is in the cycle of a closed loop's clients. Metrics are the engine's all the same, see
+        `steady.front_end.delayed`.
 
     Raises
     ------
@@ -30,7 +44,7 @@ def steady_state(
         Open loop only: if the offered rate is at or above the saturation throughput.
     """
     if workload.concurrency is not None:
-        return _closed(curve, deployment, workload, kv_tokens, workload.concurrency / deployment.replicas)
+        return _closed(curve, deployment, workload, kv_tokens, workload.concurrency / deployment.replicas, front_end)
     assert workload.rate is not None
     return steady_states(curve, deployment, workload, kv_tokens, np.array([workload.rate]))[0]
 
@@ -57,41 +71,75 @@ def steady_states(
 
 
 def _closed(
-    curve: Curve, deployment: Deployment, workload: Workload, kv_tokens: float, clients: float
+    curve: Curve,
+    deployment: Deployment,
+    workload: Workload,
+    kv_tokens: float,
+    clients: float,
+    front_end: EngineParameters | None,
 ) -> tuple[ServingMetrics, str]:
-    top = float(curve.in_flight[-1])
-    # equal outputs keep cohorts together, each prefilled in the step after the last one's; where prompts go first, they
-    # are one cohort
+    top, output = float(curve.in_flight[-1]), workload.output.mean
+    # time outside the engine, and how it grows with who is in a step
+    outside_s, each_s = workload.think_time, 0.0
+    if front_end is not None:
+        outside_s += front_end_s(front_end, 0.0, workload.input.mean)
+        each_s = front_end.front_end_time_per_request
+    away = outside_s + each_s > 0
+    # equal outputs keep cohorts together, each prefilled in the step after the last one's; where prompts go first, or
+    # who ends comes back later, they are one cohort
     equal = workload.output.kind == "fixed"
     apart = equal and not curve.prompts_first
     cohorts = max(1.0, min(clients, top) * workload.input.mean / curve.token_budget) if apart else 1.0
-    one_cohort = equal and cohorts == 1.0
-    # who ends sends again at once and waits for the step decided ahead, if anybody is left to step
-    ahead = 0.0 if one_cohort else curve.steps_ahead * min(1.0, max(0.0, clients - 1.0))
+    one_cohort = equal and (cohorts == 1.0 or away)
+    others = min(1.0, max(0.0, clients - 1.0))
+    # who sends again at once waits for the step decided ahead, if anybody is left to step; who comes later waits for
+    # the end of the step under way too
+    ahead = 0.0 if one_cohort else curve.steps_ahead * others
     delay_s = curve.decode_step_s if equal else curve.step_s
-    here = curve.in_flight + ahead * curve.requests_per_s * delay_s
-    running = min(clients, top) if not ahead else float(np.interp(clients, here, curve.in_flight))
-    at = {name: float(value) for name, value in curve.at(np.array(running), (*SHOWN, "requests_per_s")).items()}
-    throughput, prefill = at["requests_per_s"] * min(1.0, running / float(curve.in_flight[0])), at["prefill_s"]
-    waiting = max(0.0, clients - running)
-    output = workload.output.mean
-    queue = waiting / throughput
-    # that step is mostly the last cohort's prompts; who waits for a slot anyway waits for it meanwhile
+    wait_s = ahead * delay_s + (others * _rest_s(curve) if away and not equal else 0.0)
+    outside = 0.0 if equal else outside_s + each_s * curve.in_flight
+    here = curve.in_flight + curve.requests_per_s * (wait_s + outside)
+    together = min(clients, top) if one_cohort else float(np.interp(clients, here, curve.in_flight))
     queued = clients > here[-1]
-    mostly = 0.0 if output <= 1 else ahead * (1 - 1 / cohorts)
-    for_slot = max(0.0, clients - float(here[-1])) / throughput
-    met_waiting = max(mostly * (at["mixed_step_s"] - at["decode_step_s"]) - for_slot, 0.0)
+    at = {name: float(value) for name, value in curve.at(np.array(together), (*SHOWN, "requests_per_s")).items()}
+    prefill, steps = at["prefill_s"], max(output - 1, 0.0)
+    served_s = prefill + steps * at["tpot_s"]
+    queue = float(np.interp(together, curve.in_flight, np.broadcast_to(wait_s, curve.in_flight.shape)))
+    if queued:
+        queue = max(queue, clients / at["requests_per_s"] - served_s - outside_s - each_s * together)
+    # what others' prompts hold a request up before its first token they do not hold it up after it
+    prompts_s = at["mixed_step_s"] - at["decode_step_s"]
+    if apart and away:
+        # cohorts that end within the time outside come back as one
+        merged = min(1.0, (outside_s + each_s * together) / max((cohorts - 1) * at["decode_step_s"], 1e-12))
+        met_waiting = merged * (cohorts - 1) / 2 * prompts_s if output > 1 else 0.0
+    else:
+        # that step is mostly the last cohort's prompts; who waits for a slot anyway waits for it meanwhile
+        mostly = 0.0 if output <= 1 else ahead * (1 - 1 / cohorts)
+        for_slot = max(0.0, clients - float(here[-1])) / at["requests_per_s"]
+        met_waiting = max(mostly * prompts_s - for_slot, 0.0)
     ttft_mean = queue + prefill + met_waiting
     at["tpot_s"] -= met_waiting / max(output - 1, 1.0)
+    # clients = X (E2E + outside), of which the front end's part grows with X times the time in steps
+    cycle_s = queue + served_s + outside_s
+    throughput = 2 * clients / (cycle_s + math.sqrt(cycle_s**2 + 4 * each_s * served_s * clients))
+    # clients are in the engine by themselves, or all together
+    idle, independent = max(0.0, 1.0 - throughput * (queue + served_s) / clients), 1.0 if equal else max(1.0, clients)
     ttft = Quantiles(mean=ttft_mean, p50=ttft_mean, p90=ttft_mean, p99=ttft_mean + (0.0 if one_cohort else prefill))
-    if equal and curve.prompts_first:  # first tokens come step by step, evenly on both sides of the mean
-        half = max(0.0, prefill - at["mixed_step_s"])
+    if equal and (curve.prompts_first or away):  # first tokens come step by step, evenly on both sides of the mean
+        half = max(0.0, prefill - at["mixed_step_s"]) if curve.prompts_first else met_waiting
         ttft = Quantiles(mean=ttft_mean, p50=ttft_mean, p90=ttft_mean + 0.8 * half, p99=ttft_mean + 0.98 * half)
     metrics = _metrics(
-        deployment, workload, kv_tokens, throughput, at, ttft, _around(at["tpot_s"]), running=running, waiting=waiting,
-        utilisation=1.0,
+        deployment, workload, kv_tokens, throughput, at, ttft, _around(at["tpot_s"]), running=throughput * served_s,
+        waiting=throughput * queue, utilisation=1.0 - idle**independent,
     )  # fmt: skip
     return metrics, curve.limit if queued else "concurrency"
+
+
+def _rest_s(curve: Curve) -> Array:
+    """What is left of a step, on average, when somebody comes. [s]"""
+    share = curve.mixed_share
+    return np.asarray(((1 - share) * curve.decode_step_s**2 + share * curve.mixed_step_s**2) / (2 * curve.step_s))
 
 
 def _metrics(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 
-from reference.sim_stepwise import Job, Rank, drawing, plan_together, step_time, ticks
+from reference.sim_stepwise import Job, Rank, drawing, plan_together, requests_in_step, step_time, ticks
 
 from simmoe.sim.arrivals import Streams, arrival_ticks, shapes, think_ticks
 from simmoe.sim.routers import ROUTERS
@@ -49,6 +49,7 @@ class Engines:
     def finish(self, e, now):
         """Complete a step that ends now; yield (rank, job) of who is done, one after another."""
         self.ends[e] = None
+        self.in_step = sum(map(requests_in_step, self.ranks[e * self.dp : (e + 1) * self.dp]))
         for r in range(e * self.dp, (e + 1) * self.dp):
             for job in self.ranks[r].finish_step(now):
                 self.outstanding[r] -= 1
@@ -80,9 +81,12 @@ class Engines:
 
 def simulate_cluster(
     table, workload, deployment, kv_tokens, *, requests, seed, router="least_outstanding", policy="vllm",
-    failures=None, decode=None, transfer=None, tier=None,
+    failures=None, decode=None, transfer=None, tier=None, front_end=(0.0, 0.0, 0.0),
 ):  # fmt: skip
-    """Serve ``requests`` requests; ``decode``: (table, deployment, kv_tokens) of the second pool. Returns the jobs."""
+    """Serve ``requests`` requests; ``decode``: (table, deployment, kv_tokens) of the second pool. Returns the jobs.
+
+    ``front_end``: seconds, per request in the step that ends and per prompt token, before a client sends again.
+    """
     streams = Streams.of(seed)
     lengths = shapes(workload, streams)
     thinking = think_ticks(workload, streams)
@@ -105,21 +109,23 @@ def simulate_cluster(
         job = jobs[len(jobs)] = Job(len(jobs), now, *next(lengths))
         first.send(job if decode is None else Job(job.index, now, job.prompt, 1, job.segments))
 
-    def gone(now):
+    def gone(now, job, in_step):
         if workload.concurrency is not None:
-            if thinking is None:
+            pause = 0 if thinking is None else next(thinking)
+            pause += ticks(front_end[0] + front_end[1] * in_step + front_end[2] * job.prompt)
+            if pause == 0:
                 issue(now)
             else:
-                at(now + next(thinking), lambda: issue(now_of[0]))
+                at(now + pause, lambda: issue(now_of[0]))
 
     free_at = [0] * len(first.ranks)
 
-    def moved(rank, proxy, now):
+    def moved(rank, proxy, now, in_step):
         job = jobs[proxy.index]
         job.token_times, job.admitted, job.preemptions = proxy.token_times, proxy.admitted, proxy.preemptions
         job.tokens, job.found = proxy.tokens, proxy.found
         if job.output == 1:
-            gone(now)
+            gone(now, job, in_step)
             return
         job.computed, job.moved = job.prompt, True
         whole = ticks(transfer.seconds_per_token * job.prompt)
@@ -145,8 +151,8 @@ def simulate_cluster(
         def dies(e):
             now = now_of[0]
             if first.ends[e] == now:
-                for _ in first.finish(e, now):
-                    gone(now)
+                for _, job in first.finish(e, now):
+                    gone(now, job, first.in_step)
             first.fail(e)
             at(now + ticks(failures.restart_time), lambda: restarts(e))
 
@@ -168,9 +174,9 @@ def simulate_cluster(
                 if pool.ends[e] == now:
                     for rank, job in pool.finish(e, now):
                         if decode is not None and i == 0:
-                            moved(rank, job, now)
+                            moved(rank, job, now, pool.in_step)
                         else:
-                            gone(now)
+                            gone(now, job, pool.in_step)
         while events and events[0][0] == now:  # transfers that take no time
             heapq.heappop(events)[2]()
         for pool in pools:

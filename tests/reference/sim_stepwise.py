@@ -319,6 +319,14 @@ class Rank:
         return done
 
 
+def requests_in_step(rank):
+    """Requests a step works on, and those whose decoding waits for it."""
+    if not rank.work:
+        return 0
+    working = {job.index for job, _ in rank.work}
+    return len(working | {job.index for job in rank.running if job.decoding})
+
+
 def plan_together(engine, now, steps_ahead):
     """Decide a step; with one decided ahead, those who just came are in it only if there is nothing else to do."""
     if not steps_ahead:

@@ -162,18 +162,17 @@ def solve(run: Run, *, seed: int = 0) -> tuple[ServingMetrics, float, tuple[str,
             warmup=0.0,
             keep_load=False,
             policy=run.policy,
+            front_end=parts.engine.parameters,
         ).metrics
     else:
-        metrics, _ = steady_state(curve, run.deployment, run.workload, tokens)
+        metrics, _ = steady_state(curve, run.deployment, run.workload, tokens, parts.engine.parameters)
     sigma = mean_step(parts.table, curve, metrics, run.deployment, run.workload).log_sigma
     return _seen(metrics, parts, run), sigma, tuple(parts.engine.times.notes)
 
 
 def _seen(metrics: ServingMetrics, parts: Compiled, run: Run) -> ServingMetrics:
     """Metrics at the client; each replica that takes requests in has a front end."""
-    shared = replace(metrics, mean_running=metrics.mean_running / run.deployment.replicas)
-    seen = delayed(shared, parts.engine.parameters, run.workload.input.mean)
-    return replace(seen, mean_running=metrics.mean_running)
+    return delayed(metrics, parts.engine.parameters, run.workload.input.mean, run.deployment.replicas)
 
 
 def _solve_pools(run: Run, decode: Deployment, seed: int) -> tuple[ServingMetrics, float, tuple[str, ...]]:
@@ -190,6 +189,7 @@ def _solve_pools(run: Run, decode: Deployment, seed: int) -> tuple[ServingMetric
         seed=seed,
         warmup=0.0,
         keep_load=False,
+        front_end=prefill.engine.parameters,
         handover=Handover(decode=setup, transfer=transfer_of(run.model, run.deployment, rule, run.hardware)),
     ).metrics
     tokens = decoding.memory.kv_tokens
