@@ -189,7 +189,7 @@ class Play:
                 self._issue()
             if end is not None and not self._ended:
                 clock.advance(end)
-                replica.end_knowing(end)
+                replica.account(end)
         self.events = events
 
     def _no_more(self) -> None:

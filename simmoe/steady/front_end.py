@@ -9,8 +9,8 @@ first and last token come. Where lengths differ a constant delay changes little 
 equal, requests that end within a delay of one another come back together, and wait for each other's prompts from then
 on.
 Left out: saturation of the front end, chance in its delay, start-up costs of the first requests; in an open loop
-prompts of different lengths overtaking each other in it. A front end that takes requests one after another, or delays
-them by chance, told left-out models worse. Estimated by `simmoe.calibrate.engines`, see simmoe/specs/engines.yaml.
+prompts of different lengths overtaking each other in it. Estimated by `simmoe.calibrate.engines`, see
+simmoe/specs/engines.yaml.
 """
 
 from __future__ import annotations

@@ -102,22 +102,27 @@ def _closed(
     together = min(clients, top) if one_cohort else float(np.interp(clients, here, curve.in_flight))
     queued = clients > here[-1]
     at = {name: float(value) for name, value in curve.at(np.array(together), (*SHOWN, "requests_per_s")).items()}
-    prefill, steps = at["prefill_s"], max(output - 1, 0.0)
-    served_s = prefill + steps * at["tpot_s"]
+    steps = max(output - 1, 0.0)
+    # Little's law holds on the curve's points, and only nearly between them
+    served_s = max(together, float(curve.in_flight[0])) / at["requests_per_s"]
+    between = served_s / (at["prefill_s"] + steps * at["tpot_s"])
+    at["tpot_s"] *= between
+    prefill = at["prefill_s"] * between
     queue = float(np.interp(together, curve.in_flight, np.broadcast_to(wait_s, curve.in_flight.shape)))
     if queued:
         queue = max(queue, clients / at["requests_per_s"] - served_s - outside_s - each_s * together)
     # what others' prompts hold a request up before its first token they do not hold it up after it
     prompts_s = at["mixed_step_s"] - at["decode_step_s"]
     if apart and away:
-        # cohorts that end within the time outside come back as one
+        # cohorts that end within the time outside come back as one, and prompts take their turns: of all steps with
+        # prompts half are before one's own on average
         merged = min(1.0, (outside_s + each_s * together) / max((cohorts - 1) * at["decode_step_s"], 1e-12))
-        met_waiting = merged * (cohorts - 1) / 2 * prompts_s if output > 1 else 0.0
+        own = max(1.0, workload.input.mean * deployment.dp / curve.token_budget)
+        met_waiting = merged * max(0.0, cohorts - own) / 2 * prompts_s if output > 1 else 0.0
     else:
-        # that step is mostly the last cohort's prompts; who waits for a slot anyway waits for it meanwhile
-        mostly = 0.0 if output <= 1 else ahead * (1 - 1 / cohorts)
+        # who waits for a slot anyway waits for the last cohort's prompts meanwhile
         for_slot = max(0.0, clients - float(here[-1])) / at["requests_per_s"]
-        met_waiting = max(mostly * prompts_s - for_slot, 0.0)
+        met_waiting = 0.0 if output <= 1 else max(ahead * (1 - 1 / cohorts) * prompts_s - for_slot, 0.0)
     ttft_mean = queue + prefill + met_waiting
     at["tpot_s"] -= met_waiting / max(output - 1, 1.0)
     # clients = X (E2E + outside), of which the front end's part grows with X times the time in steps

@@ -6,12 +6,14 @@ said of an engine are the parameters estimated without the run's model. Runs wit
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from simmoe.errors import SimmoeError
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.engines import EngineParameters
 from simmoe.units import text
@@ -90,5 +92,18 @@ def _workload(run: Run) -> dict[str, Any]:
     }
 
 
+def _main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m simmoe.validation.showdown.scenarios",
+        description="Writes one scenario a run beside the measurements, for `simmoe simulate`.",
+    )
+    parser.add_argument("folder", type=Path, help="runs laid out as in validate/vllm_showdown")
+    folder = parser.parse_args().folder
+    try:
+        write(folder)
+    except SimmoeError as error:
+        sys.exit(f"error: {error}")
+
+
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    _main()
