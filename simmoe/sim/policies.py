@@ -46,7 +46,7 @@ def vllm(s: Scheduler, now: int, *, whole_prompts: bool = False) -> bool:
             room -= blocks
             budget -= new
             s.chunks.append((partial, new, cached))
-        elif s.decoding and s.prefixes is not None and s.tier is None:
+        elif s.decoding and s.prefixes is not None and (s.tier is None or not s.tier.swap):
             return True  # preempted, being the newest, its blocks would be found again: it waits, first in line
         else:
             s.preempt_newest(now)

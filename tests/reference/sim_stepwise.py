@@ -212,7 +212,7 @@ class Rank:
             new = self.rows if job.decoding else min(job.known - job.computed, left)
             while not self.grow(job, self.writes(job) if job.decoding else new):
                 preempted = True
-                if not job.decoding and self.tier is None and any(j.decoding for j in self.running):
+                if not job.decoding and not (self.tier and self.tier.swap) and any(j.decoding for j in self.running):
                     break  # preempted, its blocks would be found again
                 if self.preempt() is job:
                     break
