@@ -57,8 +57,8 @@ def _capping() -> list[Claim]:
     lite, big = "deepseek-v2-lite", "deepseek-v3"
     alone = "at the paper's six other loads this cap gained 0.6 to 5.1 %: one load stands out, not the mechanism"
     few = (
-        "half a point beyond the five allowed: what a cap leaves alone (attention, dense products, the front end in the "
-        "clients' cycle) weighs a little more here than there"
+        "half a point beyond the five allowed: what a cap leaves alone (attention, dense products, the front end in a "
+        "client's cycle) weighs a little more here than there"
     )
     full = (
         "above 190 in flight the engine changes strategy, and from there the measured gain grows again where ours, of "
