@@ -268,8 +268,9 @@ def _measured(run: SimulationResult) -> RequestTable:
 def _overloads(run: SimulationResult, workload: Workload) -> list[str]:
     """A line wherever the queue clearly grew, in stretches of constant load.
 
-    Looked at: the second half of the measured arrivals, or of each stage. Clearly: more came than left by 5 % and by
-    three standard deviations of a Poisson count; a steady queue gains nothing on average.
+    Looked at: the second half of the measured arrivals, or of each stage. Clearly: more came than left the queue (had
+    their first token) by 5 % and by three standard deviations of a Poisson count; a steady queue gains nothing on
+    average. Ends would lag while a server fills.
     """
     measured = _measured(run)
     if not workload.open_loop or len(measured) < 2 or workload.arrivals.kind == "diurnal":
@@ -280,7 +281,7 @@ def _overloads(run: SimulationResult, workload: Workload) -> list[str]:
     for start, end in itertools.pairwise(edges):
         middle = (start + end) / 2
         came = int(((served.arrival_s > middle) & (served.arrival_s <= end)).sum())
-        left = int(((served.finished_s > middle) & (served.finished_s <= end)).sum())
+        left = int(((served.first_token_s > middle) & (served.first_token_s <= end)).sum())
         if came - left > max(0.05 * came, 3 * math.sqrt(came)):
             offered, carried = came / (end - middle), left / (end - middle)
             found.append(

@@ -271,3 +271,36 @@ def test_prompts_longer_than_a_rank_computes_in_a_step_go_piece_by_piece_as_simu
     played = simulate(load_hardware("h200"), load_model("deepseek-v3"), deployment, load, requests=256).metrics
     assert told.output_tokens_per_s == pytest.approx(played.output_tokens_per_s, rel=0.1)
     assert told.ttft.mean == pytest.approx(played.ttft.mean, rel=0.2)
+
+
+@pytest.mark.parametrize("prompt", [8192, 9000, 30000])
+@pytest.mark.parametrize("engine", ["vllm", "trtllm", "sglang"])
+def test_one_client_does_not_meet_its_own_prompt(engine, prompt):
+    """A prompt of one to four steps (8192 tokens) and 50 tokens: decodes were told up to 41 % slow."""
+    deployment, load = Deployment(engine=engine), Workload(
+        concurrency=1, input=Lengths(mean=prompt), output=Lengths(mean=50)
+    )  # fmt: skip
+    h100, lite = load_hardware("h100"), load_model("deepseek-v2-lite")
+    told = predict(h100, lite, deployment, load).metrics
+    played = simulate(h100, lite, deployment, load, requests=20).metrics
+    assert told.tpot.mean == pytest.approx(played.tpot.mean, rel=0.02)
+    assert told.ttft.mean == pytest.approx(played.ttft.mean, rel=0.05)
+
+
+def test_clients_that_think_do_not_come_back_together():
+    """64 clients that think for 30 s keep an H100 5 % busy; read as one cohort they waited for all prompts."""
+    load = Workload(concurrency=64, think_time=30.0, input=Lengths(mean=1024), output=Lengths(mean=256))
+    h100, lite = load_hardware("h100"), load_model("deepseek-v2-lite")
+    told = predict(h100, lite, Deployment(), load).metrics
+    played = simulate(h100, lite, Deployment(), load, requests=1000).metrics
+    assert told.ttft.mean == pytest.approx(played.ttft.mean, rel=0.4)
+
+
+def test_cohorts_of_equal_answers_wait_for_each_other_as_simulated():
+    """A pause of the front end brings cohorts of equal answers back nearly as one."""
+    load = Workload(concurrency=128, input=Lengths(mean=6000), output=Lengths(mean=300))
+    h100, qwen = load_hardware("h100"), load_model("qwen3-30b-a3b")
+    told = predict(h100, qwen, Deployment(gpus=2), load).metrics
+    played = simulate(h100, qwen, Deployment(gpus=2), load, requests=1500).metrics
+    assert told.ttft.mean == pytest.approx(played.ttft.mean, rel=0.33)
+    assert told.tpot.mean == pytest.approx(played.tpot.mean, rel=0.05)

@@ -110,6 +110,8 @@ def _values(name: str, value: Any) -> list[Any]:
         except (KeyError, TypeError, ValueError):
             example = "{from: 1, to: 16, steps: 5, scale: log}"
             raise SpecError(f"{name}: {dict(value)} is not a range; write {example}") from None
+        if not spaced:
+            raise SpecError(f"{name}.steps: {value['steps']} values are none; give 1 or more")
         numbers = [float(f"{number:.6g}") for number in spaced]
         return [int(number) if number == int(number) else number for number in numbers]
     if isinstance(value, (list, tuple)):

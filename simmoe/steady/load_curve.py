@@ -153,7 +153,7 @@ def _together(load: Load, workload: Workload) -> dict[str, Array]:
     # requests per step: up to all slots decoding, or the token budget, whichever ends first
     most_each = budget / load.dp
     pieces = math.ceil(input_tokens / most_each)  # steps of its rank that a prompt takes
-    piece = min(input_tokens, most_each)
+    piece = input_tokens / pieces
     alone = 1.0 / (pieces + steps)  # one request at a time
     most = min(budget / (input_tokens + width * steps), load.most / max(steps, 1.0))
     r = np.geomspace(alone, max(most, alone * 1.001), GRID)
@@ -163,7 +163,8 @@ def _together(load: Load, workload: Workload) -> dict[str, Array]:
     if workload.concurrency is not None and workload.output.kind == "fixed":
         # equal outputs end together: requests stay in cohorts that are prefilled in one step, up to its token budget
         together = np.maximum(decoding + r, 1.0)
-    room = np.maximum(budget - width * decoding, 1.0)
+    # who is alone does not decode beside its own prompt
+    room = np.maximum(budget - width * np.where(decoding < 1.0, 0.0, decoding), 1.0)
     # prompts meet by chance: each of r (steps + pieces) requests has a prompt in that many of its steps
     any_prompt = 1.0 - (1.0 - pieces / (steps + pieces)) ** (r * (steps + pieces))
     meeting = prompt / any_prompt
@@ -178,11 +179,12 @@ def _together(load: Load, workload: Workload) -> dict[str, Array]:
     step = decode_step * (1 - share) + share * mixed_step
     throughput = r / step
     prefill = np.maximum(np.ceil(input_tokens / chunk), pieces) * mixed_step
-    seen = step
+    # a request's decodes meet the prompts of others: seen = decode + met (1 - cohort / in flight), and Little's law
+    met = share * (mixed_step - decode_step)
+    everyone = throughput * (prefill + steps * (decode_step + met))
+    in_flight = (everyone + np.sqrt(np.maximum(everyone**2 - 4 * throughput * steps * met * cohort, 0.0))) / 2
+    seen = decode_step + met * np.maximum(1 - cohort / in_flight, 0.0)
     in_flight = throughput * (prefill + steps * seen)
-    for _ in range(3):
-        seen = decode_step + share * (mixed_step - decode_step) * np.maximum(1 - cohort / in_flight, 0.0)
-        in_flight = throughput * (prefill + steps * seen)
     return {
         "in_flight": in_flight,
         "requests_per_s": throughput,

@@ -45,9 +45,9 @@ def prefill_first(load: Load, workload: Workload) -> dict[str, Array]:
     in_step = closed and workload.output.kind == "fixed"
     pieces = float(max(1, math.ceil(input_tokens / (load.budget / dp))))
     most_prompts = load.budget / input_tokens
-    fewest, fullest = min(1.0, most_prompts / dp), times.fullest(decoding)
+    fewest, fullest = 1.0 / pieces, times.fullest(decoding)
     decode_step = times.decode_s(decoding)
-    prompts = np.minimum(decoding, most_prompts) if in_step else np.full_like(decoding, fewest)
+    prompts = np.minimum(decoding / pieces, most_prompts) if in_step else np.full_like(decoding, fewest)
     for _ in range(1 if in_step else _ROUNDS):
         waiting = np.ones_like(decoding) if in_step else 1.0 - (1.0 - 1.0 / dp) ** np.maximum(prompts * pieces, 1.0)
         beside = decoding * (1.0 - waiting)
@@ -69,7 +69,7 @@ def prefill_first(load: Load, workload: Workload) -> dict[str, Array]:
     throughput = share * prompts / step
     if in_step:
         # n steps of prompts, then all decode: the j-th has its token after j of them and waits for the n - j others
-        runs = np.maximum(decoding / prompts, 1.0)
+        runs = np.maximum(decoding / prompts, pieces)
         own = prompt_step * (runs + pieces) / 2
         seen = decode_step + prompt_step * (runs - pieces) / 2 / steps
         in_flight = decoding
@@ -78,7 +78,7 @@ def prefill_first(load: Load, workload: Workload) -> dict[str, Array]:
     else:
         own, gap = prompt_step * pieces, step / (1.0 - share * waiting)
         in_flight = throughput * (own + steps * gap)
-        for _ in range(3):
+        for _ in range(_ROUNDS):
             mine = np.minimum(np.maximum(prompts, 1.0) / in_flight, 1.0)
             met = share * (1.0 - mine) / np.maximum(1.0 - share * mine, 1e-12)
             seen = (decode_step * (1.0 - met) + prompt_step * met) / (1.0 - met * waiting)

@@ -87,7 +87,7 @@ def _closed(
     away = outside_s + each_s > 0
     # equal outputs keep cohorts together, each prefilled in the step after the last one's; where prompts go first, or
     # who ends comes back later, they are one cohort
-    equal = workload.output.kind == "fixed"
+    equal = workload.output.kind == "fixed" and workload.think_time == 0
     apart = equal and not curve.prompts_first
     cohorts = max(1.0, min(clients, top) * workload.input.mean / curve.token_budget) if apart else 1.0
     one_cohort = equal and (cohorts == 1.0 or away)
@@ -114,9 +114,8 @@ def _closed(
     # what others' prompts hold a request up before its first token they do not hold it up after it
     prompts_s = at["mixed_step_s"] - at["decode_step_s"]
     if apart and away:
-        # cohorts that end within the time outside come back as one, and prompts take their turns: of all steps with
-        # prompts half are before one's own on average
-        merged = min(1.0, (outside_s + each_s * together) / max((cohorts - 1) * at["decode_step_s"], 1e-12))
+        # of all steps with prompts half are before one's own, if all come back as one
+        merged = _merged(cohorts, (outside_s + each_s * together) / at["decode_step_s"], at)
         own = max(1.0, workload.input.mean * deployment.dp / curve.token_budget)
         met_waiting = merged * max(0.0, cohorts - own) / 2 * prompts_s if output > 1 else 0.0
     else:
@@ -139,6 +138,19 @@ def _closed(
         waiting=throughput * queue, utilisation=1.0 - idle**independent,
     )  # fmt: skip
     return metrics, curve.limit if queued else "concurrency"
+
+
+def _merged(cohorts: float, outside_steps: float, at: dict[str, float]) -> float:
+    """Prompt steps that cohorts wait for where all are outside for some decode steps, over those if all were one. [-]
+
+    Cohorts end a step apart. Those that end before the first is back come back behind it, and wait for each other's
+    prompts. The rest end during these prompts, one a step, and meet what is left of them when they are back.
+    """
+    if cohorts <= 1.0:
+        return 0.0
+    group = min(cohorts, 1.0 + outside_steps)
+    left = max(0.0, group - 1.0 - outside_steps * at["decode_step_s"] / at["mixed_step_s"])
+    return (group * (group - 1.0) / 2 + (cohorts - group) * left) / (cohorts * (cohorts - 1.0) / 2)
 
 
 def _rest_s(curve: Curve) -> Array:
