@@ -186,6 +186,7 @@ def predict(hardware: Hardware, model: Model, deployment: Deployment, workload: 
         engine_parameters=parts.engine.parameters,
         notes=(
             *_told(deployment, hardware),
+            *_arrivals_told(workload),
             *(_queued_prompts(metrics, deployment, workload, saturation) if metrics else ()),
             *parts.engine.times.notes,
         ),
@@ -197,6 +198,18 @@ def _told(deployment: Deployment, hardware: Hardware) -> tuple[str, ...]:
     release = release_note(deployment, hardware.device.name)
     offload = "kv_offload changes nothing here: prompts found again and preemptions are what `simmoe simulate` knows"
     return (*((offload,) if deployment.kv_offload is not None else ()), *((release,) if release else ()))
+
+
+def _arrivals_told(workload: Workload) -> tuple[str, ...]:
+    """What a workload says of its traffic and the closed form does not know."""
+    found = []
+    if workload.open_loop and workload.arrivals.kind != "poisson":
+        found.append(f"arrivals {workload.arrivals.kind}: taken as Poisson at their mean rate here")
+    if workload.prompts is not None:
+        found.append("prompts that repeat or share heads: each is taken to be computed whole here")
+    if workload.trace is not None:
+        found.append("trace: taken as Poisson with the lengths given here")
+    return tuple(f"{what}; `simmoe simulate` plays them as they are" for what in found)
 
 
 def _queued_prompts(

@@ -13,7 +13,7 @@ from simmoe.errors import CapacityError, SaturationError
 from simmoe.predict import default_caps, predict, predict_caps
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.load import hardware_names, load_hardware, load_model, profile_names
-from simmoe.specs.workload import Lengths, Workload
+from simmoe.specs.workload import Arrivals, Lengths, Prompts, Workload
 from simmoe.steady.front_end import front_end_s
 
 H100 = load_hardware("h100")
@@ -264,3 +264,13 @@ def test_a_tail_the_closed_form_does_not_know_is_told_where_prompts_go_first():
     assert told(0.8, "sglang")
     assert not told(0.4, "sglang")
     assert not told(0.8, "vllm")
+
+
+def test_traffic_that_the_closed_form_does_not_know_is_told():
+    h100, lite, shape = load_hardware("h100"), load_model("deepseek-v2-lite"), {"input": Lengths(mean=512)}
+    plain = Workload(rate=2.0, output=Lengths(mean=64), **shape)
+    bursty = plain.vary(arrivals=Arrivals(kind="gamma", cv=3.0), prompts=Prompts(distinct=20))
+    told = [set(predict(h100, lite, Deployment(), load).notes) for load in (bursty, plain)]
+    assert {note.split(":")[0] for note in told[0] - told[1]} == {
+        "arrivals gamma", "prompts that repeat or share heads",
+    }  # fmt: skip
