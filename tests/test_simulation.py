@@ -84,6 +84,8 @@ def test_people_see_rates_latencies_and_saturation(tmp_path):
     assert "SATURATED" in shown
     assert "TTFT" in shown
     assert "SATURATED" not in run("h100", "--rate", "5", "--requests", "300", "--output", "64").output
+    # a server that fills: nobody waits, and nobody has ended yet
+    assert "SATURATED" not in run("h100", "--rate", "4", "--requests", "100", "--output", "2000").output
     flags = ("h100", "--rate", "200", "--output", "256", "--requests", "800")
     assert as_json(*flags, "--allow-saturation")["saturated"]
     assert not as_json("h100", "--concurrency", "700", "--output", "64", "--requests", "800")["saturated"]

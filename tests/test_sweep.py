@@ -52,6 +52,8 @@ def test_ranges_are_spaced_as_they_say():
     assert [dict(p.fields)["workload.rate"] for p in points(grid)[:5]] == [1, 2, 4, 8, 16]
     with pytest.raises(SpecError, match="not a range"):
         points(small(deployment={"tp": {"from": 1, "upto": 4}}))
+    with pytest.raises(SpecError, match=r"rate.steps: 0 values are none; give 1 or more"):
+        points(small(workload={"rate": {"from": 1, "to": 64, "steps": 0, "scale": "log"}, "input": 512, "output": 128}))
 
 
 def test_a_row_is_the_prediction_of_its_point():
