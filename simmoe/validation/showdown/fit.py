@@ -13,8 +13,6 @@ Left out: errors of the kernels' own fits, which the parameters partly absorb.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -22,10 +20,10 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from simmoe.errors import SimmoeError
 from simmoe.specs.engines import EngineParameters
 from simmoe.validation.showdown.compare import KNOWN, measured_figures, predict_run
 from simmoe.validation.showdown.runs import Run, read_runs
+from simmoe.validation.showdown.writing import write_from_folder
 
 Array = NDArray[np.float64]
 
@@ -158,18 +156,9 @@ def _round(value: float) -> float:
     return float(f"{value:.3g}")
 
 
-def _main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m simmoe.validation.showdown.fit",
-        description="Estimates the showdown's engine parameters and writes parameters.yaml; about five minutes.",
-    )
-    parser.add_argument("folder", type=Path, help="runs laid out as in validate/vllm_showdown")
-    folder = parser.parse_args().folder
-    try:
-        write(folder, Path(__file__).with_name("parameters.yaml"))
-    except SimmoeError as error:
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    _main()
+    write_from_folder(
+        _MODULE,
+        "Estimates the showdown's engine parameters and writes parameters.yaml; about five minutes.",
+        lambda folder: write(folder, Path(__file__).with_name("parameters.yaml")),
+    )

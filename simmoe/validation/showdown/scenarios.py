@@ -6,19 +6,17 @@ said of an engine are the parameters estimated without the run's model. Runs wit
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from simmoe.errors import SimmoeError
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.engines import EngineParameters
 from simmoe.units import text
 from simmoe.validation.showdown.compare import parameters_for
 from simmoe.validation.showdown.runs import PROMPTS, PROMPTS_PER_GROUP, Run, pause_s, read_runs
+from simmoe.validation.showdown.writing import write_from_folder
 
 _ALWAYS = (
     "gpus", "tp", "dp", "ep", "weight_precision", "max_num_seqs", "max_num_batched_tokens", "memory_fraction",
@@ -92,18 +90,9 @@ def _workload(run: Run) -> dict[str, Any]:
     }
 
 
-def _main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m simmoe.validation.showdown.scenarios",
-        description="Writes one scenario a run beside the measurements, for `simmoe simulate`.",
-    )
-    parser.add_argument("folder", type=Path, help="runs laid out as in validate/vllm_showdown")
-    folder = parser.parse_args().folder
-    try:
-        write(folder)
-    except SimmoeError as error:
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    _main()
+    write_from_folder(
+        "simmoe.validation.showdown.scenarios",
+        "Writes one scenario a run beside the measurements, for `simmoe simulate`.",
+        write,
+    )
