@@ -5,7 +5,7 @@ by finishing) and an arrival; at short outputs steps are so close to arrivals th
 50 % load and 128 tokens), at long ones they are not (2.7 at 1024 tokens, at most 3). A window is some
 twenty small calls, none of which stands out: planning and accounting in `scheduler` take a third of the time, `replica`
 and `cluster` a third, blocks, step times, policies and the log the rest; SimPy none with one replica. A request of 1024
-tokens takes 1.5 times as long as one of 128 at the same concurrency: a window begins where the one before ended, so that
+tokens takes 1.5 times as long as one of 128 at the same concurrency: a window begins where the one before ended, so
 windows of one run cannot be computed together.
 
 Ratio = requests simulated per second / raw SimPy timeouts per second; the goal is 0.03. Both sides are the best of
