@@ -56,6 +56,18 @@ def test_the_number_format_counts_for_more_than_the_framework():
     assert list(chosen.notes) == ["gemm: framework sglang for vllm (closest measured kernel)"]
 
 
+@pytest.mark.parametrize("wanted", ["fp8", "int8"])
+def test_eight_bit_products_nobody_measured_are_not_timed_as_16_bit_ones(wanted):
+    chosen = times(fit("vllm", "bfloat16", held_out=1.0), fit("trtllm", "fp8_block"))
+    assert chosen.choose(gemm.OPERATOR, {"dtype": wanted}).variant == {"framework": "trtllm", "dtype": "fp8_block"}
+    assert f"gemm: framework trtllm for vllm, dtype fp8_block for {wanted} (closest measured kernel)" in chosen.notes
+
+
+def test_a_format_measured_counts_for_more_than_the_engines_own_kernel_of_another():
+    chosen = times(fit("vllm", "fp8_block", held_out=1.0), fit("vllm"), fit("trtllm", "fp8"))
+    assert chosen.choose(gemm.OPERATOR, {"dtype": "fp8"}).variant == {"framework": "trtllm", "dtype": "fp8"}
+
+
 def test_among_equals_the_better_held_out_error_answers():
     chosen = times(fit("sglang", held_out=9.0), fit("trtllm", held_out=4.0))
     assert chosen.choose(gemm.OPERATOR, {"dtype": "bfloat16"}).variant["framework"] == "trtllm"
