@@ -143,7 +143,7 @@ class Engine:
             self.sigma |= self.moe.sigma
         if d.tp_size > 1:
             # gathered tokens come back as sums over the ranks of one index, which are reduced once more
-            reduced = not self._exchanges_tokens or (self.moe is not None and self.moe.gathers)
+            reduced = not self._exchanges_tokens or (self.moe is not None and self.moe.exchange.gathers)
             after_ffn = m.layers if reduced else m.dense_layers
             message = local * m.hidden * 2.0
             across = m.layers if m.encoder is not None else 0  # cross-attention ends in sums over the ranks too
@@ -164,7 +164,7 @@ class Engine:
             parts = overlap.under_shared_expert(parts)
         if self.moe is not None and halves == 2:
             both = {name: 2 * value for name, value in parts.items()}
-            held, kept = self.moe.held_share(local)
+            held, kept = self.moe.exchange.held_share(local)
             parts = overlap.two_batches(both, attention_s, held, m.moe_layers / m.layers, kept)
         host = self.parameters.host_time_per_step
         parts["host"] = np.full(local.shape, host)

@@ -1,7 +1,7 @@
 """How tokens reach experts and where experts lie in memory: parts of a `Deployment`. Defaults change nothing.
 
 Left out: which kernel multiplies (see `simmoe.specs.engines`). What the fields cost is told in
-`simmoe.costs.moe_layers`, `exchange`, `padding` and `offload`.
+`simmoe.costs.moe_layers`, `token_exchange`, `exchange`, `padding` and `offload`.
 """
 
 from __future__ import annotations
