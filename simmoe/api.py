@@ -17,12 +17,13 @@ from simmoe.metrics import ServingMetrics
 from simmoe.planning.alternatives import Alternative
 from simmoe.planning.alternatives import compare as alternatives
 from simmoe.planning.frontier import Frontier, frontier, policies
+from simmoe.planning.grid import Grid
 from simmoe.planning.objective import Limit, limits_from
 from simmoe.planning.offers import Offer, offers_from
 from simmoe.planning.option import Option
 from simmoe.planning.question import Question
 from simmoe.planning.search import Plan, plan
-from simmoe.planning.sweep import Grid, sweep
+from simmoe.planning.sweep import sweep
 from simmoe.planning.whatif import Change, changes
 from simmoe.predict import Prediction, predict, predict_caps
 from simmoe.simulation import DEFAULT_REQUESTS, Simulated, run_scenario

@@ -13,7 +13,7 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
 from simmoe.errors import SpecError
-from simmoe.planning.sweep import Grid
+from simmoe.planning.grid import Grid
 from simmoe.specs.base import Spec
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.hardware import Hardware

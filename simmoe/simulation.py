@@ -339,6 +339,12 @@ def _notes(s: Scenario, runs: Sequence[SimulationResult]) -> list[str]:
         notes.append(f"{found:,} prompt tokens found in the prefix cache")
     if loaded := sum(run.loaded_tokens for run in runs):
         notes.append(f"{loaded:,} tokens loaded from host memory, of prompts found there or preempted requests")
+    if (rule := s.cluster.autoscaling) is not None:
+        most = rule.maximum * s.deployment.devices_per_replica
+        notes.append(
+            f"autoscaling: {s.deployment.replicas} replica{'s' * (s.deployment.replicas > 1)} at the start, by load "
+            f"{rule.minimum} to {rule.maximum}, so up to {most} devices"
+        )
     if failed := sum(run.failures for run in runs):
         notes.append(f"{failed} failures of replicas")
     if s.workload.trace is not None:

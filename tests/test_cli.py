@@ -7,27 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from simmoe.cli import main as cli
-
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def simmoe(monkeypatch, capsys, tmp_path):
-    """Run a command in an empty folder; returns (exit status, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["simmoe", *map(str, words)])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as leaving:
-            status = leaving.code or 0
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
 
 
 # ---- answers ----------------------------------------------------------------------------------------------------

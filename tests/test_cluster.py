@@ -1,5 +1,6 @@
 """Clusters: failures, autoscaling, prefill and decode apart, think times; against twins, theory and conservation."""
 
+import re
 from collections import Counter
 from dataclasses import replace
 from typing import get_args
@@ -362,3 +363,42 @@ def test_traffic_that_ends_is_played_whole_and_endless_needs_a_limit():
     assert result.measured == 40
     with pytest.raises(SpecError, match="exactly one of requests and duration_s: this traffic never ends"):
         simulate(TABLE, Workload(rate=3, input=fixed(8), output=fixed(2)), SMALL, 10**4)
+
+
+SCALED = """
+hardware: h100
+model: deepseek-v2-lite
+deployment: {{gpus: {gpus}, tp: 1}}
+workload: {{rate: 20 request/s, input: 256, output: 32}}
+cluster:
+  autoscaling: {{minimum: {minimum}, maximum: {maximum}, target: 2, startup_time: 1 s, interval: 0.5 s}}
+run: {{requests: 200}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("gpus", "minimum", "maximum", "says"),
+    [
+        (
+            1,
+            2,
+            4,
+            "cluster.autoscaling.minimum: 2 exceeds the 1 replica that the deployment's gpus 1 make at the start",
+        ),
+        (4, 1, 2, "cluster.autoscaling.maximum: 2 is below the 4 replicas that the deployment's gpus 4 make at the"),
+    ],
+)
+def test_autoscaling_that_contradicts_the_start_is_refused(simmoe, tmp_path, gpus, minimum, maximum, says):
+    (tmp_path / "scaled.yaml").write_text(SCALED.format(gpus=gpus, minimum=minimum, maximum=maximum))
+    status, out, err = simmoe("simulate", "scaled.yaml")
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith(f"simmoe: scaled.yaml: {says}")
+
+
+def test_more_replicas_than_the_deployment_has_are_told_and_used(simmoe, tmp_path):
+    (tmp_path / "scaled.yaml").write_text(SCALED.format(gpus=1, minimum=1, maximum=4))
+    status, out, _ = simmoe("simulate", "scaled.yaml")
+    assert status == 0
+    assert "autoscaling: 1 replica at the start, by load 1 to 4, so up to 4 devices" in out
+    most = re.search(r"replicas on, mean / most +[\d.]+ / (\d)", out)
+    assert most and int(most[1]) > 1

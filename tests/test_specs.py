@@ -5,9 +5,12 @@ import math
 import subprocess
 import sys
 
+import jsonschema
 import pytest
+import yaml
 
 from simmoe.errors import SpecError
+from simmoe.schema import schema_of
 from simmoe.specs import aliases
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.hardware import Hardware
@@ -237,3 +240,25 @@ def test_a_spec_varied_is_checked_again():
     assert isinstance(hardware.vary(nodes=2), Hardware)
     with pytest.raises(ValueError, match="not a multiple"):
         Deployment(gpus=8).vary(gpus=7, tp=2)
+
+
+def test_a_number_of_tokens_stands_for_fixed_lengths_in_files_and_their_schema(simmoe, tmp_path):
+    (tmp_path / "plain.yaml").write_text("concurrency: 8\ninput: 300\noutput: 30\n")
+    (tmp_path / "long.yaml").write_text("concurrency: 8\ninput: {mean: 300}\noutput: {kind: fixed, mean: 30}\n")
+    assert load_workload(tmp_path / "plain.yaml") == load_workload(tmp_path / "long.yaml")
+    jsonschema.validate(yaml.safe_load((tmp_path / "plain.yaml").read_text()), schema_of("workload"))
+    _, plain, _ = simmoe("predict", "h100", "--workload", "plain.yaml", "--json")
+    _, long, _ = simmoe("predict", "h100", "--workload", "long.yaml", "--json")
+    assert plain == long
+    scenario = "hardware: h100\nmodel: deepseek-v2-lite\nworkload: {concurrency: 4, input: 64, output: 8}\n"
+    (tmp_path / "scenario.yaml").write_text(scenario)
+    status, out, _ = simmoe("simulate", "scenario.yaml", "--requests", "20", "--json")
+    assert (status, json.loads(out)["workload"]["input"]["mean"]) == (0, 64)
+
+
+@pytest.mark.parametrize("length", ["0", "-4", "true", "'64'", "[64]", ".nan", ".inf", "null"])
+def test_what_is_no_length_is_one_line(simmoe, tmp_path, length):
+    (tmp_path / "load.yaml").write_text(f"concurrency: 8\ninput: {length}\noutput: 30\n")
+    status, out, err = simmoe("predict", "h100", "--workload", "load.yaml")
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith("simmoe: load.yaml: input")

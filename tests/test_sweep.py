@@ -3,17 +3,21 @@
 import csv
 import itertools
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from simmoe.cli import main as cli
 from simmoe.errors import MeasurementError, SpecError
+from simmoe.planning.grid import Grid, load_grid, points
 from simmoe.planning.objective import Limit
 from simmoe.planning.offers import offers_from
 from simmoe.planning.question import Question
 from simmoe.planning.search import plan
-from simmoe.planning.sweep import Grid, evaluate, load_grid, points, sweep
+from simmoe.planning.sweep import evaluate, sweep
 from simmoe.predict import predict
 from simmoe.report import plan as plan_report
 from simmoe.specs import load
@@ -182,9 +186,72 @@ def test_ray_gives_the_same_table_and_the_same_plan():
 
 def test_a_sweep_without_a_point_that_can_be_served_says_why_and_fails(tmp_path):
     (tmp_path / "grid.yaml").write_text(
-        "{model: deepseek-v3, hardware: h1000, workload: {rate: 1, input: 5, output: 5}}"
+        "{model: deepseek-v3, hardware: l40s, workload: {rate: 1, input: 5, output: 5}}"
     )
     words = ["sweep", str(tmp_path / "grid.yaml"), "--out", str(tmp_path / "grid.csv"), "--processes", "1"]
     problem = CliRunner().invoke(cli.app, words).exception
     assert isinstance(problem, SpecError)
-    assert "grid.yaml: no point can be served; the first: hardware 'h1000' is not known; did you mean" in str(problem)
+    assert "grid.yaml: no point can be served; the first: " in str(problem)
+    assert "weights" in str(problem)
+
+
+SLIPS = {
+    "key of a deployment": ("tp: [1, 2, 3]", "tpp: 1", "deployment.tpp: unknown key; did you mean 'tp'?"),
+    "key of a workload": ("concurrency", "concurency", "workload.concurency: unknown key; did you mean 'concurrency'?"),
+    "key below": ("tp: [1, 2, 3]", "routing: {popularty: zipf}", "deployment.routing.popularty: unknown key; did you"),
+    "one of several values": ("tp: [1, 2, 3]", "tp: [1, 0]", "deployment.tp: 0 will not do"),
+    "text for a number": ("tp: [1, 2, 3]", "gpus: two", "deployment.gpus: 'two' will not do"),
+    "half a rank": ("tp: [1, 2, 3]", "tp: {from: 1, to: 2, steps: 3}", "deployment.tp: 1.5 will not do"),
+    "length that is none": (
+        "input: 512",
+        "input: short",
+        "workload.input: 'short' will not do: give a number of tokens",
+    ),
+    "no length": ("input: 512, ", "", "workload.input: missing"),
+    "hardware": ("h100", "h1000", "hardware 'h1000' is not known; did you mean 'h100'"),
+    "model": ("deepseek-v2-lite", "deepseek-v2-lit", "model 'deepseek-v2-lit' is not known; did you mean"),
+    "same value twice": ("[6, 3]", "[6, 6]", "deployment.active_experts: 6 is given twice"),
+    "price of another": ("model", "price: {h200: 2}\nmodel", "price.h200: not among the grid's hardware: h100, l40s"),
+}
+
+
+@pytest.mark.parametrize(("right", "wrong", "says"), SLIPS.values(), ids=SLIPS)
+def test_a_slip_ends_a_sweep_in_one_line_and_leaves_no_table(simmoe, tmp_path, right, wrong, says):
+    (tmp_path / "grid.yaml").write_text(GRID.replace(right, wrong, 1))
+    status, out, err = simmoe("sweep", "grid.yaml", "--out", "grid.csv", "--processes", "1")
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith(f"simmoe: grid.yaml: {says}")
+    assert not (tmp_path / "grid.csv").exists()
+
+
+def test_a_table_of_other_inputs_is_refused_with_how_to_go_on_and_a_wider_grid_goes_on(simmoe, tmp_path):
+    grid = "{model: deepseek-v2-lite, hardware: mine.yaml, workload: {rate: [1, 2], input: 512, output: 128}}"
+    for name in ("h100", "l40s"):
+        described = load.hardware_names()[name].read_text()
+        (tmp_path / f"{name}.yaml").write_text(described)
+    (tmp_path / "mine.yaml").write_text((tmp_path / "h100.yaml").read_text())
+
+    def swept(text):
+        (tmp_path / "grid.yaml").write_text(text)
+        return subprocess.run(
+            [Path(sys.executable).with_name("simmoe"), "sweep", "grid.yaml", "--out", "grid.csv", "--processes", "1"],
+            cwd=tmp_path, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    assert swept(grid).stdout == "grid.csv: 2 points, 2 ok\n"
+    table = (tmp_path / "grid.csv").read_bytes()
+    how = "; give another --out, or delete grid.csv to begin anew\n"
+    for changed, says in (
+        (grid.replace("[1, 2]", "[1, 3]"), "1 of its 2 rows are not of this grid (the first has workload.rate 2, the "),
+        (grid.replace("model:", "seed: 1, model:"), "2 of its 2 rows are not of this grid (made with another method, "),
+        (grid.replace("rate: [1", "think_time: 0, rate: [1"), "other fields (it lacks workload.think_time)"),
+    ):
+        refused = swept(changed)
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert refused.stderr.startswith("simmoe: grid.csv: ") and refused.stderr.endswith(how)
+        assert says in refused.stderr
+    assert (tmp_path / "grid.csv").read_bytes() == table
+    assert swept(grid.replace("[1, 2]", "[1, 2, 3]")).stdout == "grid.csv: 3 points, 3 ok\n"
+    assert (tmp_path / "grid.csv").read_bytes().startswith(table)
+    (tmp_path / "mine.yaml").write_text((tmp_path / "l40s.yaml").read_text())  # the same name, another device
+    assert "other contents of the model's, hardware's" in swept(grid).stderr

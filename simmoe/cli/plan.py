@@ -118,10 +118,11 @@ def sweep(
 
     `simmoe sweep grid.yaml --out grid.parquet --ray auto`
     """
+    from simmoe.planning import grid as grids  # noqa: PLC0415
     from simmoe.planning import sweep as sweeps  # noqa: PLC0415
 
-    read = sweeps.load_grid(grid)
-    total = len(sweeps.points(read))
+    read = grids.load_grid(grid)
+    total = len(grids.points(read))
     with _bar() as bar:
         task = bar.add_task(read.name, total=total)
         rows = sweeps.sweep(

@@ -1,39 +1,23 @@
-"""A grid of specs, predicted or simulated point by point into a table that can be resumed.
+"""The points of a grid, predicted or simulated one by one into a table that can be resumed.
 
-A grid file names models and hardware and gives fields of deployment and workload, each a value, a list, or a range
-``{from: 1, to: 16, steps: 5, scale: log}``; every combination is a point. Points that cannot be, or do not fit, stay
-in the table with the reason. A row starts with the digest of its point, so that a second run does what is missing.
-Left out: adaptive grids. Checked in: tests/test_sweep.py.
+Points that cannot be, or do not fit, stay in the table with the reason. A row starts with the digest of its point, so
+that a second run does what is missing. Left out: adaptive grids. Checked in: tests/test_sweep.py.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-import numpy as np
-from pydantic import Field, ValidationError
 
 from simmoe.errors import CapacityError, SaturationError, SimmoeError, SpecError
 from simmoe.metrics import ServingMetrics
+from simmoe.planning.grid import Grid, Point, points, specs_of
 from simmoe.planning.runner import run
-from simmoe.planning.sweep_table import Journal, Row, read_rows, write_parquet
+from simmoe.planning.sweep_table import Journal, Row, check_same, read_rows, write_parquet
 from simmoe.predict import compiled_for, predict
-from simmoe.provenance import digest
 from simmoe.sim.cluster import simulate
-from simmoe.specs import load, problems
-from simmoe.specs.base import Spec
-from simmoe.specs.deployment import Deployment
 from simmoe.specs.hardware import Hardware
-from simmoe.specs.model import Model
-from simmoe.specs.workload import Workload
 from simmoe.steady.front_end import delayed
-
-AnySpec = TypeVar("AnySpec", bound=Spec)
 
 #: Columns of results, in the order they are written; empty where a point has none.
 RESULTS = (
@@ -42,91 +26,6 @@ RESULTS = (
     "mean_running", "mean_step_s", "kv_utilisation", "memory_per_gpu_bytes", "step_log_sigma", "usd_per_hour",
     "usd_per_million_output_tokens", "bound", "seed",
 )  # fmt: skip
-
-
-class Grid(Spec):
-    """What a grid file holds. Lists and ranges stand wherever a value may."""
-
-    name: str = "sweep"
-    model: Any = Field(description="Preset, file, or a list of them.")
-    hardware: Any = Field(description="Shipped name, file, or a list of them.")
-    deployment: dict[str, Any] = Field(default={}, description="Fields of a deployment; gpus defaults to one replica.")
-    workload: dict[str, Any] = Field(description="Fields of a workload; input and output may be mean tokens.")
-    method: Literal["analytic", "simulated"] = "analytic"
-    requests: int = Field(default=2000, ge=10, description="Simulated: requests measured at each point.")
-    seed: int = Field(default=0, ge=0, description="Simulated: root seed, the same traffic for every deployment.")
-    price: dict[str, float] = Field(default={}, description="USD per device-hour by hardware; else its file's middle.")
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """One combination: plain values, so that it travels to any process."""
-
-    fields: tuple[tuple[str, Any], ...]
-    method: str
-    requests: int
-    seed: int
-    price: tuple[tuple[str, float], ...]
-
-    @property
-    def key(self) -> str:
-        """Digest of everything the result depends on."""
-        return digest([list(map(list, self.fields)), self.method, self.requests, self.seed, sorted(self.price)])
-
-
-def load_grid(path: Path) -> Grid:
-    """Read a grid file; SpecError says what is wrong with it."""
-    try:
-        return Grid.model_validate(load.read_mapping(path))
-    except ValidationError as problem:
-        raise SpecError(f"{path}: {problems.describe(problem, Grid)}") from None
-
-
-def points(grid: Grid) -> list[Point]:
-    """Every combination, the last field varying fastest.
-
-    Raises
-    ------
-    SpecError
-        If a list is empty or a range is not one.
-    """
-    axes = [(name, _values(name, getattr(grid, name))) for name in ("model", "hardware")]
-    for section in ("deployment", "workload"):
-        axes += [(f"{section}.{name}", _values(name, value)) for name, value in getattr(grid, section).items()]
-    price = tuple(sorted(grid.price.items()))
-    names = [name for name, _ in axes]
-    return [
-        Point(tuple(zip(names, combination, strict=True)), grid.method, grid.requests, grid.seed, price)
-        for combination in itertools.product(*(values for _, values in axes))
-    ]
-
-
-def _values(name: str, value: Any) -> list[Any]:
-    if isinstance(value, Mapping) and "from" in value:
-        try:
-            low, high, steps = float(value["from"]), float(value["to"]), int(value["steps"])
-            scale = value.get("scale", "linear")
-            spaced = {"linear": _linear, "log": _geometric}[scale](low, high, steps)
-        except (KeyError, TypeError, ValueError):
-            example = "{from: 1, to: 16, steps: 5, scale: log}"
-            raise SpecError(f"{name}: {dict(value)} is not a range; write {example}") from None
-        if not spaced:
-            raise SpecError(f"{name}.steps: {value['steps']} values are none; give 1 or more")
-        numbers = [float(f"{number:.6g}") for number in spaced]
-        return [int(number) if number == int(number) else number for number in numbers]
-    if isinstance(value, (list, tuple)):
-        if not value:
-            raise SpecError(f"{name}: the list is empty; give at least one value")
-        return list(value)
-    return [value]
-
-
-def _linear(low: float, high: float, steps: int) -> list[float]:
-    return [float(number) for number in np.linspace(low, high, steps)]
-
-
-def _geometric(low: float, high: float, steps: int) -> list[float]:
-    return [float(number) for number in np.geomspace(low, high, steps)]
 
 
 def sweep(
@@ -149,11 +48,20 @@ def sweep(
     Returns
     -------
     rows, in the order of the points; `pandas.DataFrame(rows)` makes a frame of them.
+
+    Raises
+    ------
+    SpecError
+        If a value of the grid is wrong by itself, see `simmoe.planning.grid.points`.
+    MeasurementError
+        If the table holds other points, or the same made from other inputs.
     """
     asked = points(grid)
     done = read_rows(out) if out is not None else {}
-    missing = [point for point in asked if point.key not in done]
     names = ["point", *(name for name, _ in asked[0].fields), *RESULTS]
+    if out is not None:
+        check_same(done, {point.key: point.cells for point in asked}, names, out)
+    missing = [point for point in asked if point.key not in done]
     total = len(asked)
     with Journal(out, names) as write:
         for index, row in enumerate(run(evaluate, missing, processes=processes, ray=ray)):
@@ -169,10 +77,10 @@ def sweep(
 
 def evaluate(point: Point) -> Row:
     """One row: the point's fields and its results, or why there are none."""
-    row: Row = {"point": point.key, **{name: _cell(value) for name, value in point.fields}}
+    row: Row = {"point": point.key, **point.cells}
     row |= dict.fromkeys(RESULTS)
     try:
-        hardware, model, deployment, workload = _specs(point)
+        hardware, model, deployment, workload = specs_of(point)
         prediction = predict(hardware, model, deployment, workload)
         row |= {
             "saturation_output_tokens_per_s": prediction.saturation_output_tokens_per_s,
@@ -227,43 +135,6 @@ def _price(point: Point, hardware: Hardware) -> float | None:
     named = dict(point.price).get(dict(point.fields)["hardware"])
     known = hardware.price_per_device_hour
     return named if named is not None else (known.low + known.high) / 2 if known else None
-
-
-@lru_cache(maxsize=64)
-def _hardware(name: str) -> Hardware:
-    return load.load_hardware(name)
-
-
-@lru_cache(maxsize=64)
-def _model(name: str) -> Model:
-    return load.load_model(name)
-
-
-def _specs(point: Point) -> tuple[Hardware, Model, Deployment, Workload]:
-    fields = dict(point.fields)
-    layout = {name.partition(".")[2]: value for name, value in fields.items() if name.startswith("deployment.")}
-    layout.setdefault("gpus", (layout.get("tp") or 1) * layout.get("dp", 1) * layout.get("pp", 1))
-    traffic = {name.partition(".")[2]: value for name, value in fields.items() if name.startswith("workload.")}
-    for name in ("input", "output"):
-        if isinstance(traffic.get(name), (int, float)):
-            traffic[name] = {"mean": traffic[name]}
-    return (
-        _hardware(fields["hardware"]),
-        _model(fields["model"]),
-        _valid(Deployment, layout, "deployment"),
-        _valid(Workload, traffic, "workload"),
-    )
-
-
-def _valid(kind: type[AnySpec], values: Row, section: str) -> AnySpec:
-    try:
-        return kind.model_validate(values)
-    except ValidationError as problem:
-        raise SpecError(f"{section}: {problems.describe(problem, kind)}") from None
-
-
-def _cell(value: Any) -> Any:
-    return value if isinstance(value, (str, int, float, type(None))) else str(value)
 
 
 def counts(rows: Sequence[Row]) -> Iterator[tuple[str, int]]:

@@ -31,13 +31,14 @@ class Failures(Spec):
 class Autoscaling(Spec):
     """Replicas by the number of requests in the system, as Kubernetes' horizontal pod autoscaler counts.
 
-    Wanted: ceil(requests / target), between minimum and maximum. A new replica serves after ``startup_time``; one too
-    many gets no new requests and leaves when it is empty, once fewer have been wanted for ``down_after``. Defaults of
-    interval and down_after are the autoscaler's (kubernetes.io, "Horizontal Pod Autoscaling").
+    The deployment's replicas serve at the start; there may be more later, up to ``maximum``. Wanted: ceil(requests /
+    target), between minimum and maximum. A new replica serves after ``startup_time``; one too many gets no new requests
+    and leaves when it is empty, once fewer have been wanted for ``down_after``. Defaults of interval and down_after are
+    the autoscaler's (kubernetes.io, "Horizontal Pod Autoscaling").
     """
 
-    minimum: int = Field(default=1, ge=1)
-    maximum: int = Field(ge=1)
+    minimum: int = Field(default=1, ge=1, description="Fewest replicas; at most as many as serve at the start.")
+    maximum: int = Field(ge=1, description="Most replicas; at least as many as serve at the start.")
     target: float = Field(gt=0, description="Requests in the system per replica aimed at.")
     startup_time: Seconds = Field(description="From the decision to serving: node, image, weights. [s]")
     interval: Seconds = Field(default=15.0, gt=0, description="Time between two looks. [s]")

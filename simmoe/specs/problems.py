@@ -24,7 +24,23 @@ def describe(problem: ValidationError, kind: type[Spec]) -> str:
     problem : what pydantic raised.
     kind : the spec that was asked for, whose field names are the right ones.
     """
-    details = problem.errors(include_url=False)
+    return _line(problem.errors(include_url=False), kind)
+
+
+def describe_under(problem: ValidationError, kind: type[Spec], name: str) -> str | None:
+    """What is wrong with one key's own value, as `describe` says it; None: nothing, or only beside other keys."""
+    details = [detail for detail in problem.errors(include_url=False) if detail["loc"][:1] == (name,)]
+    return _line(details, kind) if details else None
+
+
+def suggest(name: str, owner: type[Spec] | None) -> str:
+    """The right key near a misspelt one, or all there are."""
+    known = list(owner.model_fields) if owner else []
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+
+
+def _line(details: list[ErrorDetails], kind: type[Spec]) -> str:
     # the unknown key first: a missing one beside it is mostly the same slip
     details.sort(key=lambda detail: detail["type"] != "extra_forbidden")
     line = _one(details[0], kind)
@@ -39,7 +55,7 @@ def _one(detail: ErrorDetails, kind: type[Spec]) -> str:
     prefix = f"{key}: " if key else ""
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "extra_forbidden":
-        return f"{prefix}unknown key; {_suggest(place[-1], owner)}"
+        return f"{prefix}unknown key; {suggest(place[-1], owner)}"
     if detail["type"] == "missing":
         return f"{prefix}missing; {_meaning(owner, place[-1])}"
     if detail["type"] == "value_error":
@@ -50,12 +66,6 @@ def _one(detail: ErrorDetails, kind: type[Spec]) -> str:
     return f"{prefix}{detail['input']!r} will not do: {expected.replace('input should be', 'it should be')}" + (
         f" ({meaning})" if (meaning := _description(owner, place[-1])) else ""
     )
-
-
-def _suggest(name: str, owner: type[Spec] | None) -> str:
-    known = list(owner.model_fields) if owner else []
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
 
 
 def _meaning(owner: type[Spec] | None, name: str) -> str:

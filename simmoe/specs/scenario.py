@@ -64,6 +64,24 @@ class Scenario(Spec):
     cluster: Cluster = Cluster()
     run: Run = Run()
 
+    @model_validator(mode="after")
+    def _starts_within(self) -> Scenario:
+        rule, d = self.cluster.autoscaling, self.deployment
+        if rule is None or rule.minimum <= d.replicas <= rule.maximum:
+            return self
+        serve = (
+            f"the {d.replicas} replica{'s' * (d.replicas > 1)} that the deployment's gpus {d.gpus} make at the start"
+        )
+        if rule.minimum > d.replicas:
+            raise ValueError(
+                f"cluster.autoscaling.minimum: {rule.minimum} exceeds {serve}; lower it, or give gpus "
+                f"{rule.minimum * d.devices_per_replica} (and tp {d.tp_size})"
+            )
+        raise ValueError(
+            f"cluster.autoscaling.maximum: {rule.maximum} is below {serve}; raise it, or give gpus "
+            f"{rule.maximum * d.devices_per_replica}"
+        )
+
 
 def load_scenario(path: Path) -> Scenario:
     """Read a scenario from a YAML file.

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, ValidationInfo, model_validator
+from pydantic import Field, GetJsonSchemaHandler, ValidationInfo, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import core_schema
 
 from simmoe.specs.base import PerSecond, PerSecondFromZero, Seconds, Spec
 
@@ -19,7 +21,7 @@ class Lengths(Spec):
     ``fixed``: always ``mean``. ``uniform``: integers on [low, high]. ``lognormal``: arithmetic ``mean`` and
     coefficient of variation ``cv``, rounded, clipped to [low, high]. ``empirical``: drawn from ``values``, with
     replacement. ``trace``: each request's own, from the workload's trace; ``mean`` is the trace's.
-    The mean of uniform and empirical lengths may be left out.
+    The mean of uniform and empirical lengths may be left out. A number stands for fixed lengths: ``input: 1024``.
     """
 
     kind: Literal["fixed", "uniform", "lognormal", "empirical", "trace"] = "fixed"
@@ -33,7 +35,14 @@ class Lengths(Spec):
     @classmethod
     def _with_mean(cls, given: Any) -> Any:
         """The mean of what is listed, where it is left out; anything unfit is left to the fields to refuse."""
-        if not isinstance(given, dict) or "mean" in given:
+        if isinstance(given, (int, float)) and not isinstance(given, bool):
+            return {"mean": given}
+        if not isinstance(given, (dict, Lengths)):
+            raise ValueError(  # noqa: TRY004  (a ValueError is what pydantic turns into a line)
+                f"{given!r} will not do: give a number of tokens, e.g. 1024, or a mapping, e.g. "
+                "{kind: lognormal, mean: 1024, cv: 0.5}"
+            )
+        if isinstance(given, Lengths) or "mean" in given:
             return given
         try:
             if given.get("kind") == "uniform":
@@ -43,6 +52,18 @@ class Lengths(Spec):
         except (KeyError, TypeError, ZeroDivisionError):
             pass
         return given
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """As files may have it: a number of tokens, or a mapping whose mean or values may be left to a list or file."""
+        mapping = handler.resolve_ref_schema(handler(schema))
+        mapping.pop("required", None)
+        mapping["properties"]["file"] = {
+            "type": "string", "description": "Observed lengths: a file with one token count a line, beside this one.",
+        }  # fmt: skip
+        return {"anyOf": [{"type": "number", "minimum": 1, "description": "Always so many tokens."}, mapping]}
 
     @model_validator(mode="after")
     def _consistent(self) -> Lengths:
