@@ -251,6 +251,13 @@ def predict_caps(
     return results
 
 
+def of_newest_version(p: Prediction) -> Prediction | None:
+    """The same prediction with the newest known version of the engine; None: that is what it was made with."""
+    if p.deployment.engine_version is None:
+        return None
+    return predict(p.hardware, p.model, p.deployment.vary(engine_version=None), p.workload)
+
+
 def default_caps(model: Model, pool: int | None = None) -> tuple[int, ...]:
     """The native top-k, or all of a smaller ``pool``, and about three quarters, a half and a quarter of it."""
     if model.experts is None:

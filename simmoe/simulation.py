@@ -33,6 +33,7 @@ from simmoe.sim.pool import PoolSetup
 from simmoe.specs.engines import EngineParameters, release_note
 from simmoe.specs.load import calibration_of
 from simmoe.specs.model import Model
+from simmoe.specs.routing import Routing
 from simmoe.specs.scenario import Scenario
 from simmoe.specs.traces import read_trace
 from simmoe.specs.workload import Workload
@@ -327,6 +328,8 @@ def _notes(s: Scenario, runs: Sequence[SimulationResult]) -> list[str]:
     notes = [f"scheduling policy {runs[0].policy}, router {s.cluster.router}"]
     if s.deployment.engine == "generic":
         notes[0] += " (an engine called generic schedules as vLLM does)"
+    if s.model.experts is not None and s.deployment.routing != Routing():
+        notes.append(f"routing {s.deployment.routing.in_words()}")
     if release := release_note(s.deployment, s.hardware.device.name):
         notes.append(release)
     if refused := sum(run.refused for run in runs):

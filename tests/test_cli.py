@@ -326,3 +326,48 @@ def test_one_output_token_has_no_time_between_tokens(simmoe):
     assert status == 0
     assert "nan" not in out
     assert ".. -" not in out
+
+
+def test_an_older_engine_version_is_named_with_what_it_costs(simmoe):
+    words = ("predict", "h100", "--active-experts", "6", "--engine-version", "0.15.1")
+    status, out, _ = simmoe(*words, "--json")
+    older = json.loads(out)
+    newest = json.loads(simmoe("predict", "h100", "--active-experts", "6", "--json")[1])
+    rates = [one["predictions"][0]["metrics"]["output_tokens_per_s"] for one in (older, newest)]
+    told = older["engine_version"]
+    assert (status, told["asked"], newest["engine_version"]["asked"]) == (0, "0.15.1", None)
+    assert told["gain_over_newest"] == pytest.approx(rates[0] / rates[1] - 1)
+    assert -0.2 < told["gain_over_newest"] < -0.05  # DeepSeek-V2-Lite's experts have no tuned tiles there
+    assert newest["engine_version"]["gain_over_newest"] is None
+    page = " ".join(simmoe(*words)[1].split())
+    assert "engine vllm 0.15.1 closed loop" in page
+    assert (
+        f"Engine: vllm 0.15.1: {100 * told['gain_over_newest']:+.1f} % output tokens/s against the newest known" in page
+    )
+    assert "vllm as its newest known version runs (--engine-version gives another)" in " ".join(
+        simmoe("predict", "h100", "--active-experts", "6")[1].split()
+    )
+    assert "engine vllm 0.15.1" in simmoe("simulate", "h100", "--engine-version", "0.15.1", "--requests", "50")[1]
+
+
+def test_routing_and_a_pruned_pool_mean_the_same_to_simulate_as_to_predict(simmoe):
+    line = "h200 --model deepseek-v3 --gpus 8 --tp 1 --dp 8 --ep 8 --concurrency 256 --input 64 --output 64"
+    words = line.split()
+    found = {}
+    for routing in ("uniform", "zipf:1.2"):
+        _, predicted, _ = simmoe("predict", *words, "--routing", routing, "--active-experts", "8", "--json")
+        status, simulated, err = simmoe("simulate", *words, "--routing", routing, "--requests", "600", "--json")
+        assert status == 0, err
+        assert json.loads(simulated)["deployment"]["routing"] == json.loads(predicted)["deployment"]["routing"]
+        found[routing] = (
+            json.loads(predicted)["predictions"][0]["metrics"]["output_tokens_per_s"],
+            json.loads(simulated)["metrics"]["output_tokens_per_s"],
+        )
+    told, played = (skewed / even for skewed, even in zip(found["zipf:1.2"], found["uniform"], strict=True))
+    assert told < 0.95
+    assert played == pytest.approx(told, abs=0.05)
+    _, out, _ = simmoe("simulate", "h100", "--routing", "zipf:1.2", "--total-experts", "48", "--requests", "50")
+    assert "routing zipf, exponent 1.2" in out
+    status, _, err = simmoe("simulate", "h100", "--routing", "zipf:x")
+    assert (status, err.count("\n")) == (1, 1)
+    assert err.startswith("simmoe: --routing: exponent: 'x' will not do")

@@ -18,13 +18,23 @@ Rate = Annotated[float | None, typer.Option(help="Open loop: requests per second
 Concurrency = Annotated[int | None, typer.Option(help="Closed loop: requests kept in flight. [default: 64]")]
 Input = Annotated[float | None, typer.Option("--input", help="Mean input tokens. [default: 1024]")]
 Output = Annotated[float | None, typer.Option("--output", help="Mean output tokens. [default: 256]")]
+Pool = Annotated[int | None, typer.Option("--total-experts", help="Pruned expert pool.")]
+Routing = Annotated[
+    str | None, typer.Option(help="Popularity and more, e.g. zipf:0.8 or zipf:1,independence=0.7,placement=eplb.")
+]
 Speculative = Annotated[
     str | None,
     typer.Option(help="Drafted tokens and their acceptance: mtp:1,length=1.85, ngram:3,rate=0.4 or none."),
 ]
 Cap = Annotated[int | None, typer.Option(help="Cap on active experts per token; costs quality.")]
 Engine = Annotated[str | None, typer.Option(help="vllm, sglang, trtllm or generic.")]
-EngineVersion = Annotated[str | None, typer.Option(help="Its release, e.g. 0.11.2. [default: the newest known]")]
+EngineVersion = Annotated[
+    str | None,
+    typer.Option(
+        help="Its release, e.g. 0.11.2: decides times around kernels, some kernels, and whether expert shapes without "
+        "tuned tiles run slower (vllm before 0.17). [default: the newest known]"
+    ),
+]
 Precision = Annotated[
     str | None, typer.Option(help="Weights: bfloat16, fp8, fp8_block, int8, int4, int4_g32, mxfp4, nvfp4.")
 ]

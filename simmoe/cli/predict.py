@@ -40,10 +40,8 @@ def predict(
         str | None,
         typer.Option(help="Caps on active experts beside the native, e.g. 8,6,4,2. [default: 3/4, 1/2, 1/4 of it]"),
     ] = None,
-    total_experts: Annotated[int | None, typer.Option(help="Pruned expert pool.")] = None,
-    routing: Annotated[
-        str | None, typer.Option(help="Popularity and more, e.g. zipf:0.8 or zipf:1,independence=0.7,placement=eplb.")
-    ] = None,
+    total_experts: options.Pool = None,
+    routing: options.Routing = None,
     speculative: options.Speculative = None,
     engine: options.Engine = None,
     engine_version: options.EngineVersion = None,
@@ -62,6 +60,8 @@ def predict(
     `simmoe predict h200 --model deepseek-v3 --gpus 8 --rate 4 --input 2000 --output 500 --active-experts 8,6,4`
 
     `simmoe predict h200 --model deepseek-v3 --gpus 8 --speculative mtp:1,length=1.85`
+
+    `simmoe predict h100 --engine vllm --engine-version 0.15.1`
 
     `simmoe predict hardware/h100.yaml --model path/to/config.json --concurrency 128 --plot caps.png --json`
     """
@@ -86,10 +86,11 @@ def predict(
         from simmoe.report import plots  # noqa: PLC0415
 
         plots.throughput_against_load(described, shapes, layout, traffic, caps, plot)
+    newest = predicting.of_newest_version(predictions[0])
     if json:
-        show_json(report.prediction_json(predictions))
+        show_json(report.prediction_json(predictions, newest))
     else:
-        show(report.prediction_table(predictions))
+        show(report.prediction_table(predictions, newest))
 
 
 def alternatives(

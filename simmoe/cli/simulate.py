@@ -29,6 +29,8 @@ def simulate(
     input_tokens: options.Input = None,
     output_tokens: options.Output = None,
     active_experts: options.Cap = None,
+    total_experts: options.Pool = None,
+    routing: options.Routing = None,
     speculative: options.Speculative = None,
     engine: options.Engine = None,
     engine_version: options.EngineVersion = None,
@@ -76,6 +78,8 @@ def simulate(
 
     `simmoe simulate h100 --rate 12 --burstiness 0.3 --goodput ttft=500ms,tpot=30ms`
 
+    `simmoe simulate h200 --model deepseek-v3 --gpus 8 --ep 8 --dp 8 --tp 1 --routing zipf:0.8`
+
     `simmoe simulate scenario.yaml --seed 7`
 
     Exit status 1, after the results, if a rate that goes on is more than can be carried (not with --allow-saturation).
@@ -89,8 +93,9 @@ def simulate(
     from simmoe.specs import flags, load, scenario  # noqa: PLC0415
 
     layout = {
-        "gpus": gpus, "tp": tp, "ep": ep, "dp": dp, "pp": pp, "active_experts": active_experts, "engine": engine,
-        "engine_version": engine_version, "weight_precision": precision, "speculative": speculative,
+        "gpus": gpus, "tp": tp, "ep": ep, "dp": dp, "pp": pp, "active_experts": active_experts,
+        "total_experts": total_experts, "routing": routing, "speculative": speculative, "engine": engine,
+        "engine_version": engine_version, "weight_precision": precision,
     }  # fmt: skip
     traffic: dict[str, Any] = {
         "rate": rate, "concurrency": concurrency, "input_tokens": input_tokens, "output_tokens": output_tokens,

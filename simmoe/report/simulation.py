@@ -21,7 +21,8 @@ def layout_text(d: Deployment) -> str:
     """Devices' part in the work, in words."""
     return (
         f"(tp {d.tp_size}, ep {d.ep}, dp {d.dp}, pp {d.pp}, {d.replicas} replica{'s' * (d.replicas > 1)}), "
-        f"engine {d.engine}{f', speculative decoding ({d.speculative.in_words()})' if d.speculative else ''}"
+        f"engine {d.engine}{f' {d.engine_version}' if d.engine_version else ''}"
+        f"{f', speculative decoding ({d.speculative.in_words()})' if d.speculative else ''}"
     )
 
 

@@ -14,18 +14,22 @@ from rich.text import Text
 from simmoe import quality, units
 from simmoe.metrics import Quantiles, ServingMetrics
 from simmoe.predict import Prediction
+from simmoe.specs.engines import releases
 
 #: Printed wherever the cap varies, above the measured scores.
 QUALITY_NOTE = "Fewer active experts is not free: quality falls with k."
 
 
-def prediction_table(predictions: Sequence[Prediction]) -> RenderableType:
-    """The answer to `simmoe predict`: assumptions, a row per cap, the mean step, how sure, what extrapolates."""
+def prediction_table(predictions: Sequence[Prediction], newest: Prediction | None = None) -> RenderableType:
+    """The answer to `simmoe predict`: assumptions, a row per cap, the mean step, how sure, what extrapolates.
+
+    ``newest`` is the first prediction with the engine's newest version, where another was asked for.
+    """
     first = predictions[0]
     parts: list[RenderableType] = [_assumptions(first), _caps(predictions), _breakdown(predictions), _confidence(first)]
     if first.model.experts is not None and len(predictions) > 1:
         parts.append(quality_table(predictions))
-    parts.append(Text(f"Engine times: {first.engine_parameters.source}"))
+    parts.append(Text(f"Engine: {_version_told(first, newest)}\nEngine times: {first.engine_parameters.source}"))
     if first.notes:
         parts.append(Text("Coverage:\n" + "\n".join(f"  - {note}" for note in _merged(predictions))))
     return Group(*parts)
@@ -87,6 +91,27 @@ def _scores(p: Prediction) -> tuple[quality.Score, ...]:
     )
 
 
+def _version_told(p: Prediction, newest: Prediction | None) -> str:
+    """Which version was predicted, and what it changes."""
+    d = p.deployment
+    around = f"times around kernels are those of {releases(d, p.hardware.device.name)}"
+    if newest is None:
+        return f"{d.engine} as its newest known version runs (--engine-version gives another); {around}"
+    percent = 100 * (_output_rate(p) / _output_rate(newest) - 1)
+    where = "" if p.workload.concurrency is not None else " where both saturate"
+    return (
+        f"{d.engine} {d.engine_version}: {percent:+.1f} % output tokens/s{where} against the newest known version (the "
+        f"default), by its kernels and the times around them; {around}"
+    )
+
+
+def _output_rate(p: Prediction) -> float:
+    """Output rate that a setting changes: in an open loop, the most that can be carried. [tokens/s]"""
+    if p.metrics and p.workload.concurrency is not None:
+        return p.metrics.output_tokens_per_s
+    return p.saturation_output_tokens_per_s
+
+
 def _merged(predictions: Sequence[Prediction]) -> list[str]:
     return list(dict.fromkeys(note for prediction in predictions for note in prediction.notes))
 
@@ -105,7 +130,8 @@ def _assumptions(p: Prediction) -> Text:
     return Text(
         f"{p.model.name} on {d.gpus} x {p.hardware.device.name} "
         f"({layout}, {d.replicas} replica{'s' * (d.replicas > 1)}), "
-        f"weights {precision}, KV {d.kv_precision}, engine {d.engine}\n"
+        f"weights {precision}, KV {d.kv_precision}, engine {d.engine}"
+        f"{f' {d.engine_version}' if d.engine_version else ''}\n"
         f"{load}; {w.input.mean:g} input and {w.output.mean:g} output tokens ({w.input.kind}/{w.output.kind}); "
         f"at most {d.max_num_seqs} requests and {d.max_num_batched_tokens} tokens a step per data-parallel rank\n"
         f"Assumed: routing {d.routing.in_words()}, no prefix-cache hits, "
@@ -167,9 +193,7 @@ def _gain(p: Prediction, predictions: Sequence[Prediction]) -> float | None:
     base = next((one for one in predictions if one.active_experts == native), None)
     if base is None:
         return None
-    if p.metrics and base.metrics and p.workload.concurrency is not None:
-        return p.metrics.output_tokens_per_s / base.metrics.output_tokens_per_s - 1
-    return p.saturation_output_tokens_per_s / base.saturation_output_tokens_per_s - 1
+    return _output_rate(p) / _output_rate(base) - 1
 
 
 def pair(q: Quantiles) -> str:
@@ -212,7 +236,7 @@ def _confidence(p: Prediction) -> Text:
     )
 
 
-def prediction_json(predictions: Sequence[Prediction]) -> dict[str, Any]:
+def prediction_json(predictions: Sequence[Prediction], newest: Prediction | None = None) -> dict[str, Any]:
     """The same as plain data, SI units, unit in each name."""
     first = predictions[0]
     rows = [
@@ -239,6 +263,11 @@ def prediction_json(predictions: Sequence[Prediction]) -> dict[str, Any]:
         "model": first.model.name,
         "deployment": first.deployment.model_dump(mode="json"),
         "workload": first.workload.model_dump(mode="json"),
+        "engine_version": {
+            "asked": first.deployment.engine_version,
+            "times_of": releases(first.deployment, first.hardware.device.name),
+            "gain_over_newest": None if newest is None else _output_rate(first) / _output_rate(newest) - 1,
+        },
         "engine_parameters": first.engine_parameters.model_dump(mode="json"),
         "quality_note": QUALITY_NOTE if first.model.experts else None,
         "predictions": rows,

@@ -163,15 +163,25 @@ def engine_parameters(deployment: Deployment, device: str) -> EngineParameters:
 def release_note(deployment: Deployment, device: str) -> str | None:
     """Which releases' times stand for the version asked for, in words; None: no version is named, or its own do."""
     engine, version = deployment.engine, deployment.engine_version
-    entry = _entry(deployment, device)
-    if version is None or entry.version is not None:
+    if version is None or _entry(deployment, device).version is not None:
         return None
-    if entry.before is not None:
-        return f"{engine} {version}: times around kernels are those of releases before {entry.before}"
-    eras = [e.before for e in shipped_entries() if e.engine == engine and e.before is not None and e.device is None]
-    newest = f"the newest known ({max(eras, key=lambda era: version_numbers(era) or ())} on)" if eras else "any release"
     unread = "" if version_numbers(version) else " (no release number)"
-    return f"{engine} {version}{unread}: times around kernels are those of {newest}"
+    return f"{engine} {version}{unread}: times around kernels are those of {releases(deployment, device)}"
+
+
+def releases(deployment: Deployment, device: str) -> str:
+    """The releases whose times around kernels a deployment has, in words; without a version, the newest known."""
+    entry = _entry(deployment, device)
+    if entry.version is not None:
+        return entry.version
+    if entry.before is not None:
+        return f"releases before {entry.before}"
+    eras = [
+        e.before
+        for e in shipped_entries()
+        if e.engine == deployment.engine and e.before is not None and e.device is None
+    ]
+    return f"the newest known ({max(eras, key=lambda era: version_numbers(era) or ())} on)" if eras else "any release"
 
 
 def _entry(deployment: Deployment, device: str) -> EngineParameters:

@@ -179,6 +179,8 @@ def _build(kind: type[AnySpec], values: dict[str, Any], flag: str | None = None)
         name, _, rest = text.partition(": ")
         if flag is not None:
             raise SpecError(f"--{flag}: {rest or text}") from None
+        name, _, below = name.partition(".")
         if rest and name.replace("_", "").isalpha():
-            raise SpecError(f"--{_FLAGS.get(name, name).replace('_', '-')}: {rest}") from None
+            inside = f"{below}: " if below else ""
+            raise SpecError(f"--{_FLAGS.get(name, name).replace('_', '-')}: {inside}{rest}") from None
         raise SpecError(text) from None
