@@ -248,6 +248,41 @@ def test_products_kept_off_an_exchange_pay_for_its_multiprocessors_also_when_it_
     assert sum(two_batches(long, 1.0, 0.2, 1.0, kept=True).values())[0] == pytest.approx(around + experts - 1.0)
 
 
+def staged_s(layers, into, attention, shared, experts, dispatch, combine):
+    """Time of layers of two half batches, event by event: one stream computes stages in turn, one exchanges.
+
+    The stages of SGLang's decode: into attention; attention; dispatch and shared expert; experts and combine; wait.
+    The second half starts when the first has done two.
+    """
+    compute = wire = 0.0
+    arrived = [0.0, 0.0]
+    per_half = [stage for _ in range(layers) for stage in range(5)]
+    turns = [(0, stage) for stage in per_half[:2]]
+    for first, second in zip(per_half[2:], per_half[:-2], strict=True):
+        turns += [(0, first), (1, second)]
+    for half, stage in turns:
+        if stage in (3, 4):
+            compute = max(compute, arrived[half])
+        sent_at = compute
+        compute += (into, attention, shared, experts, 0.0)[stage]
+        if stage in (2, 3):
+            began = max(wire, sent_at if stage == 2 else compute)
+            wire = arrived[half] = began + (dispatch if stage == 2 else combine)
+    return compute
+
+
+@given(times, times, times, times, times, times)
+@few
+def test_staged_half_batches_take_what_their_stages_do_one_by_one(into, attention, shared, experts, dispatch, combine):
+    parts = {
+        "dispatch": np.array([2 * dispatch]), "combine": np.array([2 * combine]), "projections": np.array([2 * into]),
+        "routed_experts": np.array([2 * experts]), "shared_experts": np.array([2 * shared]),
+    }  # fmt: skip
+    told = sum(two_batches(parts, 2 * attention, 0.0, 1.0, staged=True, ahead=2 * into).values())[0] + 2 * attention
+    run, longer = (staged_s(n, into, attention, shared, experts, dispatch, combine) for n in (10, 30))
+    assert told == pytest.approx((longer - run) / 20)
+
+
 def test_a_shared_expert_hides_dispatch_as_long_as_itself():
     parts = {"dispatch": np.array([3.0]), "shared_experts": np.array([2.0])}
     assert under_shared_expert(parts)["dispatch"] == pytest.approx(1.0)

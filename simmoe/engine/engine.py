@@ -26,7 +26,7 @@ from simmoe.costs.precision import on_device, precision_of
 from simmoe.costs.speculation import Drafts, drafter
 from simmoe.costs.timing import KernelTimes, kernel_times
 from simmoe.engine.dense_layers import DenseLayers
-from simmoe.engine.matrices import Matrix, cross_keys, cross_queries, token_matrices
+from simmoe.engine.matrices import Matrix, before_attention, cross_keys, cross_queries, token_matrices
 from simmoe.engine.step import UNFITTED_LOG_SIGMA, Batch, StepBreakdown, spread
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.engines import EngineParameters, engine_kernels, engine_parameters
@@ -164,8 +164,11 @@ class Engine:
             parts = overlap.under_shared_expert(parts)
         if self.moe is not None and halves == 2:
             both = {name: 2 * value for name, value in parts.items()}
-            held, kept = self.moe.exchange.held_share(local)
-            parts = overlap.two_batches(both, attention_s, held, m.moe_layers / m.layers, kept)
+            held, bulk = self.moe.exchange.held_share(local)
+            ahead = 2 * slow * self.dense.products(before_attention(m, d), local)["projections"]
+            parts = overlap.two_batches(
+                both, attention_s, held, m.moe_layers / m.layers, kept=bulk, staged=~bulk, ahead=ahead
+            )
         host = self.parameters.host_time_per_step
         parts["host"] = np.full(local.shape, host)
         self.sigma["host"] = UNFITTED_LOG_SIGMA

@@ -31,7 +31,7 @@ def token_matrices(model: Model, deployment: Deployment, *, replicated: bool, fu
     fused : the shared expert runs as one more routed expert, not here.
     """
     m, tp = model, deployment.tp_size
-    shapes = _projections(m, tp)
+    shapes = _projections(m, deployment)
     if m.dense_layers:
         shapes += _pair("dense_ffn", m.dense_layers, m.hidden, m.dense_inter_size / tp, m.dense_matrices)
     e = m.experts
@@ -41,9 +41,12 @@ def token_matrices(model: Model, deployment: Deployment, *, replicated: bool, fu
         if e.shared_inter_size and not fused:
             width = e.shared_inter_size / (1 if replicated else tp)
             shapes += _pair("shared_experts", m.moe_layers, m.hidden, width, e.matrices)
-    if deployment.wide_attention:
-        shapes = [shape._replace(quantised=shape.quantised and shape.part != "projections") for shape in shapes]
     return shapes
+
+
+def before_attention(model: Model, deployment: Deployment) -> list[Matrix]:
+    """Those of `token_matrices` that make queries and keys."""
+    return _projections(model, deployment)[:-1]
 
 
 def cross_queries(model: Model, tp: int) -> list[Matrix]:
@@ -61,20 +64,19 @@ def cross_keys(model: Model, tp: int) -> Matrix:
     return Matrix("projections", model.layers, max(1.0, a.kv_heads / tp) * (a.head_dim + a.v_head_dim), model.hidden)
 
 
-def _projections(m: Model, tp: int) -> list[Matrix]:
-    a, heads = m.attention, m.attention.heads / tp
-    out = Matrix("projections", m.layers, m.hidden, heads * a.v_head_dim)
-    if a.kind != "mla":
-        width = heads * a.head_dim + max(1.0, a.kv_heads / tp) * (a.head_dim + a.v_head_dim)
-        return [Matrix("projections", m.layers, width, m.hidden), out]
+def _projections(m: Model, deployment: Deployment) -> list[Matrix]:
+    """Queries and keys, then the output."""
+    a, tp = m.attention, deployment.tp_size
+    heads = a.heads / tp
     latent = (a.kv_lora_rank or 0) + a.qk_rope_head_dim
-    if not a.q_lora_rank:
-        return [Matrix("projections", m.layers, heads * a.head_dim + latent, m.hidden), out]
-    return [
-        Matrix("projections", m.layers, a.q_lora_rank + latent, m.hidden),
-        Matrix("projections", m.layers, heads * a.head_dim, a.q_lora_rank),
-        out,
-    ]
+    if a.kind != "mla":
+        sizes = [(heads * a.head_dim + max(1.0, a.kv_heads / tp) * (a.head_dim + a.v_head_dim), m.hidden)]
+    elif not a.q_lora_rank:
+        sizes = [(heads * a.head_dim + latent, m.hidden)]
+    else:
+        sizes = [(a.q_lora_rank + latent, m.hidden), (heads * a.head_dim, a.q_lora_rank)]
+    quantised = not deployment.wide_attention
+    return [Matrix("projections", m.layers, n, k, quantised) for n, k in [*sizes, (m.hidden, heads * a.v_head_dim)]]
 
 
 def _pair(part: str, times: int, hidden: int, width: float, matrices: int) -> list[Matrix]:
