@@ -313,10 +313,9 @@ def test_the_table_of_a_deployment_with_half_batches_agrees_with_its_steps():
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_published_phases_of_wide_expert_parallelism(case):
-    """Within 15 %; SGLang's prefill with the experts its balancer left uneven, here even, is told up to 20 % faster."""
+    """Within 15 %, all of them, with experts as uneven as counted where a report leaves it open."""
     error = case.predicted_tokens_per_s_per_device() / case.published_tokens_per_s_per_device - 1
-    uneven = case.name in ("SGLang EP32 prefill, 1k prompts", "SGLang EP32 prefill, 2k prompts")
-    assert -0.15 < error < (0.20 if uneven else 0.15)
+    assert abs(error) < 0.15
 
 
 # ---- expert slicing -------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ def rate(base, text):
 
 #: Settings without a row: what only goes with another that has one, and what changes no time.
 WITHOUT_ROW = {
-    "layers_drawn", "seed", "counts", "counts_file", "logit_spread", "keep_min",  # go with another
+    "layers_drawn", "orders", "seed", "counts", "counts_file", "logit_spread", "keep_min",  # go with another
     "overflow", "launch_time", "low_latency_tokens", "source",
 }  # fmt: skip
 

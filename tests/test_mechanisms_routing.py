@@ -207,6 +207,16 @@ def test_dirichlet_layers_have_the_spread_of_their_law():
     assert sum(kind.layers for kind in found) == pytest.approx(48)
 
 
+def test_orders_of_a_zipf_law_give_layers_different_favourites_of_equal_weight():
+    one, several = (kinds(Routing(popularity="zipf", orders=n)) for n in (1, 4))
+    assert len({int(kind.inclusion.argmax()) for kind in several}) > 1
+    for kind in several:
+        np.testing.assert_allclose(np.sort(kind.inclusion), np.sort(one[0].inclusion))
+    assert sum(kind.layers for kind in several) == pytest.approx(48)
+    with pytest.raises(ValueError, match="orders 4: only popularity zipf"):
+        Routing(popularity="dirichlet", orders=4)
+
+
 def test_domains_together_are_evener_than_one_alone():
     one, many = (kinds(Routing(popularity="domains", domains=n))[0].inclusion.max() for n in (1, 8))
     assert many < 0.6 * one

@@ -239,7 +239,8 @@ def _laws(routing: Routing, experts: Experts, pool: int, vocab: int) -> list[tup
             return [(1.0, None)]
         case "zipf":
             # ids know nothing of popularity: in order of it, rank 0 would hold all favourites
-            return [(1.0, [(1.0, rng.permutation(laws.zipf_weights(pool, routing.exponent)))])]
+            law = laws.zipf_weights(pool, routing.exponent)
+            return [(1.0 / routing.orders, [(1.0, rng.permutation(law))]) for _ in range(routing.orders)]
         case "dirichlet":
             draws = np.maximum(rng.gamma(routing.concentration, size=(routing.layers_drawn, pool)), 1e-12)
             return [(1.0 / len(draws), [(1.0, draw)]) for draw in draws]

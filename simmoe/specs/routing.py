@@ -27,6 +27,11 @@ class Routing(Spec):
     exponent: float = Field(default=1.0, ge=0, description="Of the Zipf law (zipf, domains, hash). [-]")
     concentration: float = Field(default=1.0, gt=0, description="Dirichlet parameter of each expert; large: uniform.")
     layers_drawn: int = Field(default=8, ge=1, description="dirichlet: different layers drawn, each standing for many.")
+    orders: int = Field(
+        default=1,
+        ge=1,
+        description="zipf: orders of popularity drawn, each for as many layers; 1: one for all.",
+    )
     counts: tuple[float, ...] | None = Field(default=None, description="Tokens each expert got. [tokens]")
     counts_file: str | None = Field(
         default=None, description="CSV of counts without header: one line per MoE layer (or one for all), E columns."
@@ -104,6 +109,8 @@ class Routing(Spec):
     def _consistent(self) -> Routing:
         if (self.popularity == "counts") != (self.counts is not None or self.counts_file is not None):
             raise ValueError("popularity counts needs counts or counts_file; other kinds take neither")
+        if self.orders > 1 and self.popularity != "zipf":
+            raise ValueError(f"orders {self.orders}: only popularity zipf draws orders")
         if self.counts is not None and self.counts_file is not None:
             raise ValueError("give counts or counts_file, not both")
         for name in ("domain_shares", "placed_shares"):

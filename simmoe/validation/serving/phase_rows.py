@@ -21,7 +21,7 @@ from simmoe.specs.mechanisms import Exchange
 from simmoe.specs.model import Model
 from simmoe.specs.routing import Routing
 from simmoe.validation.cells import Row, Unspoken, number, reason, text
-from simmoe.validation.serving.phases import phase_step
+from simmoe.validation.serving.phases import R1_BALANCED, phase_step
 from simmoe.validation.serving.rows import described_parts, speculating, speculation_of
 from simmoe.validation.summary import Comparison, Outcome
 
@@ -89,7 +89,10 @@ def _decode(
 
 
 def _routing(row: Row, model: Model, deployment: Deployment) -> Routing:
-    """What the row's notes tell of routing: forced even, or copies of experts; else the deployment's own."""
+    """What the row's notes tell of routing: forced even, or copies of experts; else the deployment's own.
+
+    Copies that balance DeepSeek-V3 and R1 balance experts as uneven as were counted; others only fill the ranks.
+    """
     notes, pool = text(row, "notes"), model.experts.num_experts if model.experts else 0
     if pool and "forced balanced" in notes:
         return Routing(popularity="balanced")
@@ -97,7 +100,8 @@ def _routing(row: Row, model: Model, deployment: Deployment) -> Routing:
     copies = int(told.group(1)) if told else -pool % deployment.ep
     if not pool or not copies or (pool + copies) % deployment.ep:
         return deployment.routing
-    return Routing(placement="eplb", redundant_experts=copies)
+    uneven = told is not None and model.name == "DeepSeek-V3"
+    return R1_BALANCED.vary(redundant_experts=copies) if uneven else Routing(placement="eplb", redundant_experts=copies)
 
 
 def _engine(row: Row) -> str:
