@@ -14,6 +14,8 @@ class Clock(simpy.Environment):
 
     def __init__(self) -> None:
         super().__init__(initial_time=0)
+        self.over = False
+        """Whether the run has ended, now."""
 
     @property
     def now(self) -> int:

@@ -106,7 +106,6 @@ class Play:
         self._keep_load = True
         self._open = 0
         """Measured requests in the system."""
-        self._ended = False
         self._over = self.env.event()
         self._alone = False
 
@@ -147,36 +146,44 @@ class Play:
 
         At one instant the order is the same: arrivals, then step ends, then new batches.
         """
-        clock, arrivals = self.env, self._arrivals
-        upcoming = next(arrivals, None)
-        events = now = 0
-        while True:
-            end = replica.begin_knowing(now, upcoming)
+        clock = self.env
+        upcoming = next(self._arrivals, None)
+        events = 0
+        while not clock.over:
+            if upcoming is not None and (windows := replica.run_decodes(upcoming)):
+                events += windows
+                upcoming = self._arrivals_until(clock.now, upcoming)
+                if clock.over:
+                    break
+            end = replica.begin_knowing(clock.now, upcoming)
             events += 1
             until = upcoming if end is None else end
             if until is None:  # nobody here and nobody to come
                 self._no_more()
                 break
-            while upcoming is not None and upcoming <= until:
-                clock.advance(now := upcoming)
-                events += 1
-                upcoming = next(arrivals, None) if self._issue() else None
-                if upcoming is None:
-                    self._no_more()
-            if self._ended:
-                break
-            if end is not None:
-                clock.advance(now := end)
+            upcoming = self._arrivals_until(until, upcoming)
+            if end is not None and not clock.over:
                 replica.account(end)
-                if self._ended:
-                    break
-        self.events = events
+        self.events = events + self._issued
+
+    def _arrivals_until(self, until: int, upcoming: int | None) -> int | None:
+        """Offer who comes until then to a replica alone; return who comes next, None if nobody."""
+        clock = self.env
+        while upcoming is not None and upcoming <= until:
+            clock.advance(upcoming)
+            upcoming = next(self._arrivals, None) if self._issue() else None
+            if upcoming is None:
+                self._no_more()
+            if clock.over:
+                return None
+        clock.advance(until)
+        return upcoming
 
     def _play_clients_alone(self, replica: Replica) -> None:
         """As `_play_alone`, for a closed loop: who comes next may be told by the step that ends."""
         clock, away = self.env, self._away
         events = 0
-        while not self._ended:
+        while not self.env.over:
             end = replica.begin_knowing(clock.now, away[0][0] if away else None)
             events += 1
             if end is None and not away:  # nobody here and nobody to come
@@ -187,7 +194,7 @@ class Play:
                 clock.advance(heappop(away)[0])
                 events += 1
                 self._issue()
-            if end is not None and not self._ended:
+            if end is not None and not self.env.over:
                 clock.advance(end)
                 replica.account(end)
         self.events = events
@@ -199,7 +206,7 @@ class Play:
 
     def _issue(self) -> bool:
         """Offer the next request now; a closed-loop client whose request is refused goes on to its next."""
-        while not self._ended:
+        while not self.env.over:
             now, index = self.env.now, self._issued
             if self._until is not None and now > self._until:
                 self.limit, self._until = index, None
@@ -258,6 +265,6 @@ class Play:
         self._issue()
 
     def _check_over(self) -> None:
-        if self._open == 0 and self._issued >= self.limit and not self._ended:
-            self._ended = True
+        if self._open == 0 and self._issued >= self.limit and not self.env.over:
+            self.env.over = True
             self._over.succeed()

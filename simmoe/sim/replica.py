@@ -27,6 +27,7 @@ from collections.abc import Callable
 import simpy
 
 from simmoe.sim.clock import At, Clock
+from simmoe.sim.decode_run import run_decodes
 from simmoe.sim.offload_books import Bookkeeping, OffloadBooks
 from simmoe.sim.recorder import Recorder
 from simmoe.sim.request import Request
@@ -76,6 +77,9 @@ class Replica:
         self._bookkeeping = bookkeeping
         self._books: list[OffloadBooks] = []
         self._open_books()
+        self._ahead = steps_ahead
+        self._only_decodes = bookkeeping is None and ranks[0].width == 1
+        """Whether `run_decodes` knows all that a window of decodes takes."""
         self._plan = self._form if bookkeeping is None and not steps_ahead else self._plan_with_host
         """Forms the next batch; whether there is one."""
         self._alone = replicas == 1
@@ -191,6 +195,25 @@ class Replica:
             return
         ticks = window_ticks(self._first, self._growth, self._steps)
         self._awaited = At(self.clock, ticks, self._end_priority, self._end)
+
+    def run_decodes(self, arrival: int) -> int:
+        """Without events: do all windows of decodes alone that need no look at the next ``arrival``; how many."""
+        single = self._single
+        if single is None or not (self._only_decodes and single.settled) or (self._unseen and self._unseen[0]):
+            return 0
+        windows, last = run_decodes(
+            single,
+            self._table,
+            self.clock,
+            arrival,
+            ahead=self._ahead,
+            rank=self.first_rank,
+            recorder=self._recorder,
+            finished=self._finished,
+        )
+        if last is not None:
+            self._start, self._steps, self._first, self._growth = last
+        return windows
 
     def begin_knowing(self, now: int, arrival: int | None) -> int | None:
         """Without events: form the next batch and return when its steps end; None if there is nothing to do.

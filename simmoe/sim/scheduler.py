@@ -45,8 +45,7 @@ class Scheduler:
 
     __slots__ = (
         "_beyond",
-        "_finishing",
-        "_finishing_steps",
+        "_ending",
         "acceptance",
         "blocks_held",
         "chunks",
@@ -54,6 +53,7 @@ class Scheduler:
         "context",
         "decoding",
         "drawn_pool",
+        "ends",
         "final_blocks",
         "final_tokens",
         "gaps",
@@ -137,8 +137,9 @@ class Scheduler:
         """KV blocks held during the last steps, mean of their start and end."""
         self.overshoot = 0
         """What the mean acceptance length emitted beyond requests' ends, since the last look. [grains]"""
-        self._finishing: dict[int, list[Request]] = {}
-        self._finishing_steps: list[int] = []
+        self._ending: dict[int, list[Request]] = {}
+        self.ends: list[int] = []
+        """Step counts at which decoding requests have their last token, a heap."""
 
     @property
     def idle(self) -> bool:
@@ -161,25 +162,34 @@ class Scheduler:
 
     def plan(self, now: int) -> int:
         """Decide the next step, starting now; return for how many steps it holds (0: nothing to do)."""
-        if self.chunks:
-            self.chunks = []
-        self.loading = 0
-        self.pausing = False
-        if not (self.waiting or self.partial or self.paused):  # nothing to decide while blocks last
+        self.forget_plan()
+        if self.settled:
             if not self.decoding:
                 return 0
             step = self.step
-            if steps := self.pool.steps_until_short(step, self._finishing_steps[0] - step):
+            if steps := self.pool.steps_until_short(step, self.ends[0] - step):
                 return steps
         self.horizon = NEVER
         settled = self.policy(self, now)
         return 1 if self.chunks or self.paused or not settled else self._steps_alike(self.horizon)
 
+    @property
+    def settled(self) -> bool:
+        """Whether there is nothing to decide while blocks last."""
+        return not (self.waiting or self.partial or self.paused)
+
+    def forget_plan(self) -> None:
+        """The step planned is over: the next one is of those who decode, unless it is decided otherwise."""
+        if self.chunks:
+            self.chunks = []
+        self.loading = 0
+        self.pausing = False
+
     def _steps_alike(self, most: int) -> int:
         """Decode steps of the same requests, at most so many, until one ends or blocks are short."""
         if not self.decoding:
             return 0
-        to_end = self._finishing_steps[0] - self.step
+        to_end = self.ends[0] - self.step
         return self.pool.steps_until_short(self.step, min(to_end, most))
 
     @property
@@ -306,8 +316,8 @@ class Scheduler:
         self.chunks = []
         self.paused.clear()
         self.pausing = False
-        self._finishing.clear()
-        self._finishing_steps.clear()
+        self._ending.clear()
+        self.ends.clear()
         self.pool.clear()
         return left
 
@@ -333,15 +343,8 @@ class Scheduler:
         else:
             self.blocks_held = self.pool.used
         self.step = step = self.step + (0 if self.pausing else steps)
-        if self._finishing_steps and self._finishing_steps[0] == step:
-            heappop(self._finishing_steps)
-            for request in self._finishing.pop(step):
-                if request.finish_step == step:  # else it was preempted since
-                    self.overshoot += self._stop_decoding(request)
-                    self.overshoot -= (request.input_tokens + request.output_tokens - 1) * self.pool.grain
-                    request.finish_step = -1  # it may stand here twice, if it came back in time
-                    self._leave(request)
-                    finished.append(request)
+        if self.ends and self.ends[0] == step:
+            finished = self.end_decoding()
         for request, new, cached in self.chunks:
             request.cached = cached + new
             if self.prefixes is not None and request.path:
@@ -352,6 +355,19 @@ class Scheduler:
                 if request is self.partial:
                     self.partial = None
                 self._prompt_done(request, now, finished)
+        return finished
+
+    def end_decoding(self) -> list[Request]:
+        """Let go of those who have their last token by decoding in the step before the next; return them."""
+        step = heappop(self.ends)
+        finished = []
+        for request in self._ending.pop(step):
+            if request.finish_step == step:  # else it was preempted since
+                self.overshoot += self._stop_decoding(request)
+                self.overshoot -= (request.input_tokens + request.output_tokens - 1) * self.pool.grain
+                request.finish_step = -1  # it may stand here twice, if it came back in time
+                self._leave(request)
+                finished.append(request)
         return finished
 
     def _prompt_done(self, request: Request, now: int, finished: list[Request]) -> None:
@@ -384,10 +400,10 @@ class Scheduler:
         self.context += cached
         request.joined = self.step
         request.finish_step = finish = self.step + steps
-        together = self._finishing.get(finish)
+        together = self._ending.get(finish)
         if together is None:
-            self._finishing[finish] = [request]
-            heappush(self._finishing_steps, finish)
+            self._ending[finish] = [request]
+            heappush(self.ends, finish)
         else:
             together.append(request)
 

@@ -122,9 +122,9 @@ def boundary(first: int, growth: int, elapsed: int) -> tuple[int, int]:
 
     A float's guess, set right exactly: `steps_within` with its root of a large integer takes twice as long.
     """
-    a = 2 * first - growth
-    steps = max(1, int(4 * elapsed / (a + sqrt(a * a + 8 * growth * elapsed))))
-    ticks = window_ticks(first, growth, steps)
+    a = 2.0 * first - growth
+    steps = int(4.0 * elapsed / (a + sqrt(a * a + 8.0 * growth * elapsed))) or 1
+    ticks = steps * first + growth * (steps * (steps - 1) // 2)
     while ticks < elapsed:
         ticks += first + growth * steps
         steps += 1
