@@ -30,7 +30,7 @@ class Window(NamedTuple):
 def run_decodes(
     s: Scheduler, table: TickTable, clock: Clock, arrival: int, *, ahead: int, rank: int, recorder: Recorder,
     finished: Callable[[int, Request], None],
-) -> tuple[int, Window | None]:  # fmt: skip
+) -> Window | None:  # fmt: skip
     """Do the windows that end before ``arrival``, and the one that it cuts if nobody ends with that.
 
     Parameters
@@ -40,15 +40,16 @@ def run_decodes(
 
     Returns
     -------
-    How many windows were done and the last one; the clock stands at its end.
+    The last window, if any was done; the clock stands at its end.
     """
     s.forget_plan()
-    pool, ends = s.pool, s.ends
+    pool, ends, record = s.pool, s.ends, recorder.window
+    due, period = pool.due, pool.period
     decode, per_context = table.decode, table.per_context
-    now, step, context = clock.now, s.step, s.context
-    windows, last = 0, None
+    now, step = clock.now, s.step
+    last = None
     while decoding := s.decoding:
-        steps = ends[0] - step
+        steps, context = ends[0] - step, s.context
         slope = per_context[decoding]
         first, growth = decode[decoding] + slope * context, slope * decoding
         end = now + steps * first + growth * (steps * (steps - 1) // 2)
@@ -61,17 +62,17 @@ def run_decodes(
             if until >= steps or decoding == s.max_num_seqs:
                 break
             steps, end = until, now + ticks
-        need = pool.need(step, steps)
+        at = step % period
+        need = steps // period * decoding + sum(due[at : at + steps % period])
         free = pool.free - need
         if free < 0:
             break
         pool.free = free
         s.blocks_held = blocks = pool.total - free - need / 2
-        recorder.window(rank, now, steps, first, growth, decoding, 0, 0.0, decoding, blocks)
-        windows += 1
+        record(rank, now, steps, first, growth, decoding, 0, 0.0, decoding, blocks)
         last = now, steps, first, growth
         s.step = step = step + steps
-        s.context = context = context + decoding * steps
+        s.context = context + decoding * steps
         clock.advance(now := end)
         if cut:
             break
@@ -79,5 +80,4 @@ def run_decodes(
             finished(rank, request)
         if clock.over:
             break
-        context = s.context
-    return windows, None if last is None else Window(*last)
+    return None if last is None else Window(*last)

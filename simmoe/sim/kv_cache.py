@@ -35,7 +35,8 @@ class BlockPool:
         self.block_tokens = block_tokens
         self.total = capacity_tokens // block_tokens
         self.free = self.total
-        self.due = [0] * self.period
+        self.due = [0] * (2 * self.period)
+        """Decoding requests by class, all classes twice in a row: a stretch that wraps around is a slice too."""
         self.decoding = 0
 
     @property
@@ -60,20 +61,23 @@ class BlockPool:
     def clear(self) -> None:
         """Drop everything: all blocks are free."""
         self.free = self.total
-        self.due = [0] * self.period
+        self.due = [0] * (2 * self.period)
         self.decoding = 0
 
     def join(self, cached: int, step: int) -> None:
         """A request with ``cached`` grains (without speculation: tokens) in the cache decodes from ``step`` on."""
-        self.due[(step * self.stride - cached) % self.period] += 1
-        self.decoding += 1
+        self._count((step * self.stride - cached) % self.period, 1)
 
     def leave(self, cached: int, step: int, *, give_back: bool = True) -> None:
         """A decoding request that holds ``cached`` grains before ``step`` stops; its blocks come back, now or later."""
-        self.due[(step * self.stride - cached) % self.period] -= 1
-        self.decoding -= 1
+        self._count((step * self.stride - cached) % self.period, -1)
         if give_back:
             self.give_back(-(-cached // self.period))
+
+    def _count(self, due: int, requests: int) -> None:
+        self.due[due] += requests
+        self.due[due + self.period] += requests
+        self.decoding += requests
 
     def need(self, step: int, steps: int = 1) -> int:
         """Blocks the decoding requests take in ``steps`` steps from ``step`` on."""
@@ -81,11 +85,7 @@ class BlockPool:
             return self.due[step % self.period]
         cycles, rest = divmod(steps * self.stride, self.period)
         start = step * self.stride % self.period
-        end = start + rest
-        due = self.due
-        if end <= self.period:
-            return cycles * self.decoding + sum(due[start:end])
-        return cycles * self.decoding + sum(due[start:]) + sum(due[: end - self.period])
+        return cycles * self.decoding + sum(self.due[start : start + rest])
 
     def grow(self, step: int, steps: int) -> int:
         """Hand out what `need` says, and say it."""

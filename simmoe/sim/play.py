@@ -65,6 +65,8 @@ class Play:
         )
         self.pools = [self.pool]
         self._mover: Mover | None = None
+        self._fits, self._send = self.pool.can_ever_hold, self.pool.send
+        """Whether a request could ever be served, and where it goes."""
         if handover is not None:
             decode = Pool(
                 self.env,
@@ -85,6 +87,7 @@ class Play:
                 prefill_ranks=len(self.pool.outstanding),
                 done=self._finished,
             )
+            self._fits, self._send = self._fits_both, self._send_prompt
         if rules.autoscaling is not None:
             self.env.process(autoscaling(self.env, self.pool, rules.autoscaling))
         if rules.failures is not None:
@@ -100,7 +103,6 @@ class Play:
         # what comes at times of its own, besides arrivals and step ends
         others = (rules.autoscaling, rules.failures, handover)
         self._eventful = any(other is not None for other in others)
-        self.events = 0
         self._issued = 0
         self._until: int | None = None
         self._keep_load = True
@@ -127,9 +129,15 @@ class Play:
             self._play_alone(replicas[0])
         else:
             self.env.run(until=self._over)
-            self.events = next(self.env._eid)  # noqa: SLF001 - SimPy has no public count
         for pool in self.pools:
             pool.close()
+
+    @property
+    def events(self) -> int:
+        """After the run: SimPy's events, or arrivals and windows of a replica alone."""
+        if self._alone:
+            return self._issued + self.recorder.windows
+        return next(self.env._eid)  # noqa: SLF001 - SimPy has no public count
 
     def _open_loop(self) -> Generator[simpy.Event, None, None]:
         """Arrivals at their own times, whatever becomes of them."""
@@ -148,15 +156,12 @@ class Play:
         """
         clock = self.env
         upcoming = next(self._arrivals, None)
-        events = 0
         while not clock.over:
-            if upcoming is not None and (windows := replica.run_decodes(upcoming)):
-                events += windows
+            if upcoming is not None and replica.run_decodes(upcoming):
                 upcoming = self._arrivals_until(clock.now, upcoming)
                 if clock.over:
                     break
             end = replica.begin_knowing(clock.now, upcoming)
-            events += 1
             until = upcoming if end is None else end
             if until is None:  # nobody here and nobody to come
                 self._no_more()
@@ -164,7 +169,6 @@ class Play:
             upcoming = self._arrivals_until(until, upcoming)
             if end is not None and not clock.over:
                 replica.account(end)
-        self.events = events + self._issued
 
     def _arrivals_until(self, until: int, upcoming: int | None) -> int | None:
         """Offer who comes until then to a replica alone; return who comes next, None if nobody."""
@@ -182,22 +186,18 @@ class Play:
     def _play_clients_alone(self, replica: Replica) -> None:
         """As `_play_alone`, for a closed loop: who comes next may be told by the step that ends."""
         clock, away = self.env, self._away
-        events = 0
-        while not self.env.over:
+        while not clock.over:
             end = replica.begin_knowing(clock.now, away[0][0] if away else None)
-            events += 1
             if end is None and not away:  # nobody here and nobody to come
                 self._no_more()
                 break
             until = away[0][0] if end is None else end
             while away and away[0][0] <= until:
                 clock.advance(heappop(away)[0])
-                events += 1
                 self._issue()
-            if end is not None and not self.env.over:
+            if end is not None and not clock.over:
                 clock.advance(end)
                 replica.account(end)
-        self.events = events
 
     def _no_more(self) -> None:
         """Stages or trace have ended."""
@@ -206,8 +206,9 @@ class Play:
 
     def _issue(self) -> bool:
         """Offer the next request now; a closed-loop client whose request is refused goes on to its next."""
-        while not self.env.over:
-            now, index = self.env.now, self._issued
+        clock = self.env
+        while not clock.over:
+            now, index = clock.now, self._issued
             if self._until is not None and now > self._until:
                 self.limit, self._until = index, None
             measured = index < self.limit
@@ -218,7 +219,7 @@ class Play:
             request = Request(index, now, *next(self._shapes))
             if self._fits(request):
                 self._open += measured
-                self.pool.send(request if self._mover is None else self._mover.prompt_of(request))
+                self._send(request)
                 return True
             self.recorder.refused(request)
             self._check_over()
@@ -226,12 +227,15 @@ class Play:
                 return True
         return False
 
-    def _fits(self, request: Request) -> bool:
-        """Whether every pool can hold what it would get of a request."""
-        if self._mover is None:
-            return self.pool.can_ever_hold(request)
+    def _fits_both(self, request: Request) -> bool:
+        """Whether both pools can hold what they would get of a request."""
         prompt = Request(request.index, request.arrival, request.input_tokens, 1)
         return self.pool.can_ever_hold(prompt) and self.pools[1].can_ever_hold(request)
+
+    def _send_prompt(self, request: Request) -> None:
+        """To the prefill pool first."""
+        assert self._mover is not None
+        self.pool.send(self._mover.prompt_of(request))
 
     def _prompt_done(self, rank: int, request: Request) -> None:
         """The prefill pool is done with a request."""

@@ -41,7 +41,17 @@ class Recorder:
     every_step : whether the log is never merged.
     """
 
-    __slots__ = ("_gaps", "_merged_until_s", "_most", "_requests", "_served", "_steps", "_stored_gaps", "_stored_steps")
+    __slots__ = (
+        "_gaps",
+        "_merged_until_s",
+        "_most",
+        "_requests",
+        "_served",
+        "_steps",
+        "_stored_gaps",
+        "_stored_steps",
+        "windows",
+    )
 
     def __init__(self, *, every_step: bool = False) -> None:
         self._requests: list[bytes] = []
@@ -53,6 +63,8 @@ class Recorder:
         self._stored_gaps: list[Array] = []
         self._most = sys.maxsize if every_step else MOST_ROWS
         self._merged_until_s = 0.0
+        self.windows = 0
+        """Rows of steps stored, before any was merged."""
 
     def served(self, request: Request, rank: int, now: int) -> None:
         """A request had its last token."""
@@ -106,6 +118,7 @@ class Recorder:
 
     def _store_steps(self) -> None:
         """Convert what was gathered, and merge if that makes too many."""
+        self.windows += len(self._steps)
         self._stored_steps.append(_columns(self._steps, 10, _STEP_TICKS))
         self._stored_gaps.append(_columns(self._gaps, 3, _GAP_TICKS))
         if max(sum(map(len, self._stored_steps)), sum(map(len, self._stored_gaps))) < self._most:

@@ -78,8 +78,8 @@ class Replica:
         self._books: list[OffloadBooks] = []
         self._open_books()
         self._ahead = steps_ahead
-        self._only_decodes = bookkeeping is None and ranks[0].width == 1
-        """Whether `run_decodes` knows all that a window of decodes takes."""
+        self._plain = self._single if bookkeeping is None and ranks[0].width == 1 else None
+        """The rank, if `run_decodes` knows all that a window of its decodes takes."""
         self._plan = self._form if bookkeeping is None and not steps_ahead else self._plan_with_host
         """Forms the next batch; whether there is one."""
         self._alone = replicas == 1
@@ -196,13 +196,13 @@ class Replica:
         ticks = window_ticks(self._first, self._growth, self._steps)
         self._awaited = At(self.clock, ticks, self._end_priority, self._end)
 
-    def run_decodes(self, arrival: int) -> int:
-        """Without events: do all windows of decodes alone that need no look at the next ``arrival``; how many."""
-        single = self._single
-        if single is None or not (self._only_decodes and single.settled) or (self._unseen and self._unseen[0]):
-            return 0
-        windows, last = run_decodes(
-            single,
+    def run_decodes(self, arrival: int) -> bool:
+        """Without events: do all windows of decodes alone that the next ``arrival`` leaves; whether there were any."""
+        s = self._plain
+        if s is None or not s.decoding or s.waiting or s.partial or s.paused or (self._unseen and self._unseen[0]):
+            return False
+        last = run_decodes(
+            s,
             self._table,
             self.clock,
             arrival,
@@ -211,9 +211,10 @@ class Replica:
             recorder=self._recorder,
             finished=self._finished,
         )
-        if last is not None:
-            self._start, self._steps, self._first, self._growth = last
-        return windows
+        if last is None:
+            return False
+        self._start, self._steps, self._first, self._growth = last
+        return True
 
     def begin_knowing(self, now: int, arrival: int | None) -> int | None:
         """Without events: form the next batch and return when its steps end; None if there is nothing to do.

@@ -163,7 +163,7 @@ class Scheduler:
     def plan(self, now: int) -> int:
         """Decide the next step, starting now; return for how many steps it holds (0: nothing to do)."""
         self.forget_plan()
-        if self.settled:
+        if not (self.waiting or self.partial or self.paused):  # nothing to decide while blocks last
             if not self.decoding:
                 return 0
             step = self.step
@@ -172,11 +172,6 @@ class Scheduler:
         self.horizon = NEVER
         settled = self.policy(self, now)
         return 1 if self.chunks or self.paused or not settled else self._steps_alike(self.horizon)
-
-    @property
-    def settled(self) -> bool:
-        """Whether there is nothing to decide while blocks last."""
-        return not (self.waiting or self.partial or self.paused)
 
     def forget_plan(self) -> None:
         """The step planned is over: the next one is of those who decode, unless it is decided otherwise."""
@@ -436,10 +431,11 @@ class Scheduler:
     def _stop_decoding(self, request: Request) -> int:
         """Remove a decoding request from the sums; return what it had cached. [grains]"""
         pool = self.pool
-        cached = self.cached(request)
         if self.drawn_pool is None:
+            cached = request.cached * pool.grain + (self.step - request.joined) * self.stride
             pool.leave(cached, self.step, give_back=False)
         else:
+            cached = self.cached(request)
             steps = self.step - request.joined
             self.drawn_pool.add(cached, self.step, request.tokens[steps:], sign=-1)
             request.drawn += steps

@@ -22,9 +22,10 @@ def single_step(table: TickTable, s: Scheduler) -> tuple[int, int]:
     if not s.chunks:
         slope = table.per_context[decoding]
         return table.decode[decoding] + slope * s.context, slope * decoding * s.stride
-    tokens, sampled, prefill = _chunks(table, s, 1)
+    token, attention = table.of_chunks(len(s.chunks))
+    tokens, sampled, prefill = _chunks(attention, s, 1)
     rows = decoding * s.width
-    time = table.of_chunks(len(s.chunks))[0][tokens + rows] + table.head[sampled + rows] + prefill
+    time = token[tokens + rows] + table.head[sampled + rows] + prefill
     if decoding:
         time += table.mixed_base[decoding] + table.mixed_per_context[decoding] * s.context
     return (_with_loads(time, [s]) if s.loading else time), 0
@@ -41,7 +42,7 @@ def lockstep(table: TickTable, ranks: Sequence[Scheduler], steps: int, *, exchan
     fewest_chunks = min((len(s.chunks) for s in ranks if s.chunks), default=0)
     lines = []
     for s in ranks:
-        tokens, sampled, prefill = _chunks(table, s, dp) if s.chunks else (0, 0, 0)
+        tokens, sampled, prefill = _chunks(table.of_chunks(len(s.chunks))[1], s, dp) if s.chunks else (0, 0, 0)
         b = s.stepping
         rows = b * s.width
         all_tokens += tokens + rows
@@ -70,16 +71,18 @@ def _with_loads(time: int, ranks: Sequence[Scheduler]) -> int:
     return max(time, load) if tier.layerwise else time + load
 
 
-def _chunks(table: TickTable, s: Scheduler, dp: int) -> tuple[int, int, int]:
+def _chunks(attention: list[int], s: Scheduler, dp: int) -> tuple[int, int, int]:
     """Prompt tokens, prompts that end, and attention time of the planned chunks. [tokens], [requests], [ticks]
 
-    The table spreads a replica's prompts over its ``dp`` ranks; one rank's are timed as if each rank had as many.
+    ``attention`` spreads a replica's prompts over its ``dp`` ranks; one rank's are timed as if each rank had as many.
     """
     tokens = sampled = pairs = before = 0
     for request, new, cached in s.chunks:
         tokens += new
         sampled += cached + new == request.target
-        pairs += new * cached + new * (new + 1) // 2
-        before += cached if new > 1 else 0  # one token alone, as after a transfer, attends as a decode does
-    base, per_new, per_pair, per_cached = table.of_chunks(len(s.chunks))[1]
+        pairs += new * (new + 1) // 2
+        if cached:
+            pairs += new * cached
+            before += cached if new > 1 else 0  # one token alone, as after a transfer, attends as a decode does
+    base, per_new, per_pair, per_cached = attention
     return tokens, sampled, base + dp * (per_new * tokens + per_pair * pairs + per_cached * before)
