@@ -3,7 +3,7 @@
 While nobody waits and no prompt is unfinished, who ends when is known, and so is every window up to the next arrival:
 a look-up and a few sums each. The rules are those of `scheduler` and `replica` for one rank without drafts; where they
 have anything to decide (an arrival, blocks running out), the loop ends.
-Checked in: tests/test_sim_twin.py, tests/test_decode_run.py.
+Checked in: tests/test_sim_twin.py.
 """
 
 from __future__ import annotations
