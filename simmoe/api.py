@@ -80,7 +80,7 @@ def question(
     rate: float,
     input_tokens: float,
     output_tokens: float,
-    limits: Mapping[str, str],
+    limits: Mapping[str, str | float],
     prices: Mapping[str, float] | None = None,
     **more: Any,
 ) -> Question:
@@ -92,7 +92,7 @@ def question(
     hardware : names with commas, with how many there are if few: "h100,h200:64".
     rate : requests per second to carry. [1/s]
     input_tokens, output_tokens : mean lengths. [tokens]
-    limits : e.g. ``{"ttft-p99": "2s", "tpot-p99": "50ms"}``.
+    limits : e.g. ``{"ttft-p99": "2s", "tpot-p99": "50ms"}``; numbers are seconds.
     prices : USD per device-hour by name; where none is given, the middle of the hardware file's range. [USD/h]
     more : further fields of `Question`: base (a `Deployment`), confidence, spares, split ...
 

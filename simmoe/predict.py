@@ -240,7 +240,7 @@ def predict_caps(
         raise SpecError(f"{model.name} is dense: it has no active experts to cap; leave --active-experts out")
     varied = [deployment.vary(active_experts=cap) if model.experts else deployment for cap in caps]
     results = [predict(hardware, model, one, workload) for one in varied]
-    if all(result.metrics is None for result in results):
+    if results and all(result.metrics is None for result in results):
         most = [result.saturation_output_tokens_per_s / workload.output.mean for result in results]
         by_cap = ", ".join(f"{best:.4g} with {cap}" for best, cap in zip(most, caps, strict=True))
         raise SaturationError(

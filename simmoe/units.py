@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from decimal import Decimal
 from functools import lru_cache
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from simmoe.errors import SpecError
@@ -127,7 +128,7 @@ def quantity(value: Any, unit: str, *, bare_numbers: bool) -> float:
     """Take a number (already SI) or a text with a unit; refuse bare numbers where they come from a file."""
     if isinstance(value, str):
         return parse(value.strip(), unit)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise SpecError(f'{value!r} is not a quantity; write e.g. "{_EXAMPLES.get(unit, "1 " + unit)}"')
     if not bare_numbers:
         raise SpecError(f'{value} has no unit; write e.g. "{_EXAMPLES.get(unit, "1 " + unit)}"')

@@ -20,6 +20,7 @@ torch = pytest.importorskip("torch")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
+from simmoe.cli.profile import profile  # noqa: E402
 from simmoe.errors import CoverageError, MeasurementError, SpecError  # noqa: E402
 from simmoe.profiling import points, profiler  # noqa: E402
 from simmoe.profiling.arena import Arena  # noqa: E402
@@ -252,6 +253,29 @@ def test_a_point_without_memory_is_skipped_named_and_the_run_goes_on(tmp_path, m
     assert all("out of memory" in text for text in result.skipped)
     assert "skipped moe" in capsys.readouterr().err
     assert result.measured > 10
+
+
+@pytest.mark.parametrize(
+    ("name", "slug"),
+    [
+        ("AMD EPYC 7B13 64-Core Processor 2t", "epyc_7b13_64_core_2t"),
+        ("mycpu", "mycpu"),
+        ("NVIDIA L4", "l4"),
+        ("@", "device"),
+    ],
+)
+def test_a_name_given_is_kept_whole_in_the_folders_name(name, slug):
+    assert describe("cpu", name=name).slug == slug
+
+
+def test_a_stopped_run_says_where_its_rows_are_and_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def stopped(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(profiler, "run_profile", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        profile(out=tmp_path)
+    assert f"under {tmp_path}, and the same command goes on" in capsys.readouterr().err
 
 
 def test_a_dry_run_plans_and_writes_nothing(tmp_path):

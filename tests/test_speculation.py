@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 from test_sim import constant_steps
 from typer.testing import CliRunner
 
@@ -91,7 +90,7 @@ def test_lengths_to_hundredths_are_met_exactly(drafts, share):
     ],
 )
 def test_contradictions_are_named(values, message):
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(SpecError, match=message):
         Speculative(**{"method": "mtp", **values})
 
 
@@ -155,7 +154,7 @@ def test_models_without_a_prediction_layer_and_stages_refuse():
     unknown = Speculative(method="draft", draft_tokens=1, acceptance_rate=0.5, draft_model="nobody")
     with pytest.raises(SpecError, match=r"speculative.draft_model: model 'nobody' is not known"):
         predict(H200, V3, EIGHT.vary(speculative=unknown), closed(4))
-    with pytest.raises(ValidationError, match="pp above 1"):
+    with pytest.raises(SpecError, match="pp above 1"):
         Deployment(gpus=2, tp=1, pp=2, speculative=ngram(1, 1.5))
 
 

@@ -46,10 +46,14 @@ def profile(
     """
     profiler = require_torch()
     seconds = budget_seconds(budget)
-    result = profiler.run_profile(
-        device=device, budget_s=seconds, out=out, models=model, dtype=dtype, backends=backend, threads=threads,
-        ranks=ranks, name=name, seed=seed, dry_run=dry_run, timer=timer,
-    )  # fmt: skip
+    try:
+        result = profiler.run_profile(
+            device=device, budget_s=seconds, out=out, models=model, dtype=dtype, backends=backend, threads=threads,
+            ranks=ranks, name=name, seed=seed, dry_run=dry_run, timer=timer,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; rows measured so far are under {out}, and the same command goes on from there", err=True)
+        raise
     if json:
         import json as json_module  # noqa: PLC0415
 

@@ -124,7 +124,7 @@ def policies(
     if model.experts is None:
         raise SpecError(f"{model.name} is dense: there are no experts to vary; choose an MoE model")
     native = model.experts.top_k
-    chosen = sorted({native, *(caps or default_caps(model))}, reverse=True)
+    chosen = sorted({native, *(default_caps(model) if caps is None else caps)}, reverse=True)
     found = [Policy(active_experts=cap) for cap in chosen]
     if refill:
         found += [Policy(active_experts=cap, refill_to=native) for cap in chosen if cap < native]

@@ -48,8 +48,10 @@ class Limit:
         return f"{self.metric.upper()} {self.statistic} {units.text(self.seconds, 's')}"
 
 
-def limits_from(texts: Mapping[str, str | None]) -> tuple[Limit, ...]:
-    """Limits from names and texts with units: ``{"ttft-p99": "2s", "tpot-p99": "50ms"}``; None is no promise.
+def limits_from(texts: Mapping[str, str | float | None]) -> tuple[Limit, ...]:
+    """Limits from names and times, as texts with units or in seconds: ``{"ttft-p99": "2s", "tpot-p99": 0.05}``.
+
+    None is no promise.
 
     Raises
     ------
@@ -62,7 +64,7 @@ def limits_from(texts: Mapping[str, str | None]) -> tuple[Limit, ...]:
             continue
         metric, _, statistic = name.partition("-")
         try:
-            found.append(Limit(metric, statistic, units.parse(text.strip(), "second")))
+            found.append(Limit(metric, statistic, units.quantity(text, "second", bare_numbers=True)))
         except SpecError as problem:
             raise SpecError(f"--{name}: {problem}") from None
     return tuple(found)

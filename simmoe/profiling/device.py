@@ -108,7 +108,7 @@ def describe(kind: str, threads: int | None = None, name: str | None = None) -> 
 
 
 def _slug(name: str) -> str:
-    plain = re.sub(r"\((r|tm)\)|nvidia|amd|processor|cpu|@", " ", name.lower())
+    plain = re.sub(r"\((r|tm)\)|\b(nvidia|amd|processor|cpu)\b|@", " ", name.lower())
     return re.sub(r"[^a-z0-9]+", "_", plain).strip("_") or "device"
 
 

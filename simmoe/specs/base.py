@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
 
 from simmoe import units
+from simmoe.errors import SpecError
+from simmoe.specs.problems import describe
 
 #: libyaml's where PyYAML was built with it, ten times as fast
 SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -19,13 +21,29 @@ def from_yaml(text: str) -> Any:
 
 
 class Spec(BaseModel):
-    """A frozen description. Two equal specs hash alike, so they serve as cache keys."""
+    """A frozen description. Two equal specs hash alike, so they serve as cache keys.
+
+    Raises
+    ------
+    SpecError
+        If it cannot be so, when made or varied. `model_validate`, which readers of files use, raises pydantic's error:
+        they say where in the file it is.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as problem:
+            raise SpecError(describe(problem, type(self))) from None
+
+    # parts of a spec are then still made by pydantic itself, which knows their place in the whole
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
     def vary(self, **changes: Any) -> Self:
         """Return a validated copy with some fields changed."""
-        return type(self).model_validate({**{name: getattr(self, name) for name in type(self).model_fields}, **changes})
+        return type(self)(**{**{name: getattr(self, name) for name in type(self).model_fields}, **changes})
 
 
 def _quantity(unit: str) -> BeforeValidator:

@@ -10,13 +10,11 @@ import difflib
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from simmoe.specs.base import Spec
 
-
-def describe(problem: ValidationError, kind: type[Spec]) -> str:
+def describe(problem: ValidationError, kind: type[BaseModel]) -> str:
     """Say in one line what is wrong with ``contents`` as a ``kind``: "device.memory: 80 has no unit; ...".
 
     Parameters
@@ -27,20 +25,20 @@ def describe(problem: ValidationError, kind: type[Spec]) -> str:
     return _line(problem.errors(include_url=False), kind)
 
 
-def describe_under(problem: ValidationError, kind: type[Spec], name: str) -> str | None:
+def describe_under(problem: ValidationError, kind: type[BaseModel], name: str) -> str | None:
     """What is wrong with one key's own value, as `describe` says it; None: nothing, or only beside other keys."""
     details = [detail for detail in problem.errors(include_url=False) if detail["loc"][:1] == (name,)]
     return _line(details, kind) if details else None
 
 
-def suggest(name: str, owner: type[Spec] | None) -> str:
+def suggest(name: str, owner: type[BaseModel] | None) -> str:
     """The right key near a misspelt one, or all there are."""
     known = list(owner.model_fields) if owner else []
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
 
 
-def _line(details: list[ErrorDetails], kind: type[Spec]) -> str:
+def _line(details: list[ErrorDetails], kind: type[BaseModel]) -> str:
     # the unknown key first: a missing one beside it is mostly the same slip
     details.sort(key=lambda detail: detail["type"] != "extra_forbidden")
     line = _one(details[0], kind)
@@ -48,7 +46,7 @@ def _line(details: list[ErrorDetails], kind: type[Spec]) -> str:
     return f"{line} (and {others} more)" if others else line
 
 
-def _one(detail: ErrorDetails, kind: type[Spec]) -> str:
+def _one(detail: ErrorDetails, kind: type[BaseModel]) -> str:
     place = [str(part) for part in detail["loc"]]
     key = ".".join(place)
     owner = _owner(kind, place[:-1])
@@ -68,26 +66,26 @@ def _one(detail: ErrorDetails, kind: type[Spec]) -> str:
     )
 
 
-def _meaning(owner: type[Spec] | None, name: str) -> str:
+def _meaning(owner: type[BaseModel] | None, name: str) -> str:
     text = _description(owner, name)
     return f"give {name}: {text}" if text else f"give {name}"
 
 
-def _description(owner: type[Spec] | None, name: str) -> str:
+def _description(owner: type[BaseModel] | None, name: str) -> str:
     field = owner.model_fields.get(name) if owner else None
     return field.description or "" if field else ""
 
 
-def _owner(kind: type[Spec], place: list[str]) -> type[Spec] | None:
-    owner: type[Spec] | None = kind
+def _owner(kind: type[BaseModel], place: list[str]) -> type[BaseModel] | None:
+    owner: type[BaseModel] | None = kind
     for part in place:
         field = owner.model_fields.get(part) if owner else None
         owner = _spec_in(field.annotation) if field else None
     return owner
 
 
-def _spec_in(annotation: Any) -> type[Spec] | None:
-    if isinstance(annotation, type) and issubclass(annotation, Spec):
+def _spec_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     if get_origin(annotation) in {Union, UnionType, Annotated}:
         for argument in get_args(annotation):

@@ -18,12 +18,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from simmoe.costs.layout import check_layout
 from simmoe.costs.memory import kv_bytes_per_token
-from simmoe.errors import MeasurementError, SimmoeError, SpecError
-from simmoe.specs import problems
+from simmoe.errors import MeasurementError, SimmoeError
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.hardware import Hardware
 from simmoe.specs.load import load_hardware, load_model
@@ -187,28 +185,25 @@ def _deployment(row: Mapping[str, str], model: Model) -> Deployment:
     tp = int(_number(row, "tp", 0) or _number(row, "n_gpus", 1) // (dp * pp))
     ep = _experts_over(row, model, tp, dp)
     checkpoint = row.get("hf_id", row["model"]).rsplit("/", 1)[-1].lower()
-    try:
-        deployment = Deployment(
-            gpus=tp * dp * pp,
-            tp=tp,
-            dp=dp if model.experts is not None else 1,
-            pp=pp,
-            ep=ep,
-            weight_precision=_PRECISIONS.get(row.get("precision_label", "").upper()),
-            max_num_seqs=int(_number(row, "max_num_seqs", MAX_NUM_SEQS)),
-            max_num_batched_tokens=int(_number(row, "max_num_batched_tokens", 2048)),
-            memory_fraction=_number(row, "gpu_memory_utilization", 0.9),
-            kv_block_size=int(_number(row, "kv_block_size", 16)),
-            kv_blocks=int(_number(row, "gpu_kv_blocks", 0)) or None,
-            prefix_caching=row.get("prefix_caching", "1") != "0",
-            wide_attention=checkpoint.startswith(WIDE_ATTENTION),
-            nucleus_sampling=checkpoint.startswith(NUCLEUS),
-            exchange=Exchange(algorithm="gather" if ep > 1 else "auto"),
-            engine="vllm",
-            engine_version=row.get("engine_version", "").split(" ")[0] or None,
-        )
-    except ValidationError as problem:
-        raise SpecError(problems.describe(problem, Deployment)) from None
+    deployment = Deployment(
+        gpus=tp * dp * pp,
+        tp=tp,
+        dp=dp if model.experts is not None else 1,
+        pp=pp,
+        ep=ep,
+        weight_precision=_PRECISIONS.get(row.get("precision_label", "").upper()),
+        max_num_seqs=int(_number(row, "max_num_seqs", MAX_NUM_SEQS)),
+        max_num_batched_tokens=int(_number(row, "max_num_batched_tokens", 2048)),
+        memory_fraction=_number(row, "gpu_memory_utilization", 0.9),
+        kv_block_size=int(_number(row, "kv_block_size", 16)),
+        kv_blocks=int(_number(row, "gpu_kv_blocks", 0)) or None,
+        prefix_caching=row.get("prefix_caching", "1") != "0",
+        wide_attention=checkpoint.startswith(WIDE_ATTENTION),
+        nucleus_sampling=checkpoint.startswith(NUCLEUS),
+        exchange=Exchange(algorithm="gather" if ep > 1 else "auto"),
+        engine="vllm",
+        engine_version=row.get("engine_version", "").split(" ")[0] or None,
+    )
     check_layout(model, deployment)
     return deployment.vary(kv_offload=_offload(row, model, deployment))
 
