@@ -144,7 +144,7 @@ class ScaledTimes:
 
 
 @few
-@given(engines(layouts=(ONE_RANK, {"gpus": 8, "tp": 8}, {"gpus": 8, "tp": 2, "dp": 4})), batches())
+@given(engines(layouts=(ONE_RANK, {"gpus": 8, "tp": 8}, {"gpus": 8, "tp": 8, "ep": 8})), batches())
 def test_one_expert_parallel_rank_sends_nothing(engine, batch):
     step = engine.step(batch)
     assert step.dispatch_s == 0

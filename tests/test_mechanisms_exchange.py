@@ -107,6 +107,41 @@ def test_gathered_results_are_reduced_over_tensor_parallel_ranks_too():
     assert reduced["gather"] == pytest.approx(2 * reduced["flat"])
 
 
+@few
+@given(st.sampled_from([(1, 2), (2, 2), (1, 8), (4, 2)]), st.integers(1, 400), st.sampled_from(["vllm", "sglang"]))
+def test_without_expert_parallelism_data_parallel_ranks_slice_every_expert_between_them(layout, requests, engine):
+    """vLLM: "expert layers form a tensor parallel group of size DP x TP"; the ranks compute all ranks' tokens."""
+    (tp, dp), mixtral = layout, load_model("mixtral-8x7b")
+    sliced = Deployment(gpus=tp * dp, tp=tp, dp=dp, engine=engine)
+    alone = Deployment(gpus=tp * dp, tp=tp * dp, engine=engine)
+    ours, theirs = (Engine(H100, mixtral, d) for d in (sliced, alone))
+    local = np.array([float(requests)])
+    assert ours.moe.parts(local)["routed_experts"] == pytest.approx(theirs.moe.parts(local * dp)["routed_experts"])
+    held, of_one = (experts_held(mixtral, d) for d in (sliced, alone))
+    assert held == pytest.approx(of_one)
+    now = ours.step(Batch(requests * dp, 100 * requests * dp))
+    assert now.dispatch_s > 0
+    assert now.combine_s > 0
+    assert (now.all_reduce_s > 0) == (tp > 1)
+
+
+def experts_held(model, deployment):
+    """Bytes of experts on a device: what is left without those of another pool."""
+    half = model.experts.num_experts // 2
+    return 2 * (
+        weights_per_device_bytes(model, deployment)
+        - weights_per_device_bytes(model, deployment.vary(total_experts=half))
+    )
+
+
+def test_slices_of_experts_in_two_nodes_gather_over_the_network():
+    # 256 tokens a rank, of two ranks either way; in the second case each fills a node
+    near, far = (Engine(H100, V3, Deployment(gpus=8 * n, tp=4 * n, dp=2)).step(Batch(512, 512_000)) for n in (1, 2))
+    gathered = V3.moe_layers * 512 * V3.hidden * 2 / 2 / H100.scale_out.bandwidth
+    assert near.dispatch_s < gathered
+    assert gathered < far.dispatch_s < 2 * gathered
+
+
 def test_a_gathered_exchange_overtakes_the_flat_one_as_ranks_grow():
     """Tutel, table 6: 2DH is slower at small scale, faster from hundreds of ranks on; crossing between 64 and 2048."""
     n = 16e6

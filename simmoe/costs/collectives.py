@@ -107,6 +107,11 @@ def between_nodes_all_reduce_s(message_bytes: ArrayLike, ranks: ArrayLike, hardw
     return ring_all_reduce_s(n / local, nodes, _network(hardware))
 
 
+def between_nodes_gather_s(message_bytes: ArrayLike, nodes: ArrayLike, hardware: Hardware) -> Array:
+    """A ring all-gather of one device's share over its network link, or backwards a reduce-scatter; one node: 0. [s]"""
+    return ring_all_gather_s(message_bytes, nodes, _network(hardware))
+
+
 def nodes_of(ranks: ArrayLike, hardware: Hardware) -> Array:
     """Nodes a group of consecutive ranks spans. [-]"""
     return np.asarray(np.ceil(np.asarray(ranks, dtype=np.float64) / hardware.devices_per_node), dtype=np.float64)

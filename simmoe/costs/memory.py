@@ -59,8 +59,8 @@ def weights_per_device_bytes(model: Model, deployment: Deployment) -> float:
 
     Tensor parallelism splits attention by heads (kv heads until one is left), plain FFNs, shared experts and the
     vocabulary; norms, routers and MLA's down-projections are on every rank. Routed experts are spread over ``ep``
-    ranks, or sliced over ``tp`` if ep is 1. Data-parallel ranks repeat the rest; where they exchange tokens (dp and
-    ep above 1) the shared experts are whole on every rank. Of pipeline stages (`costs.pipeline.stages`) the fullest
+    ranks, or sliced over ``tp x dp`` if ep is 1. Data-parallel ranks repeat the rest; with dp and ep above 1 the shared
+    experts are whole on every rank. Of pipeline stages (`costs.pipeline.stages`) the fullest
     counts. What drafts tokens is held beside: a prediction layer, which shares embedding and head, or a whole model.
     """
     d = deployment
@@ -81,12 +81,12 @@ def _stage_bytes(model: Model, d: Deployment, stage: Stage) -> float:
     layers, moe_layers = stage.layers, stage.moe_layers
     attention = count.attention_layer
     split = attention.by_heads / tp + attention.by_kv_heads / min(tp, model.attention.kv_heads)
-    experts_held = (count.num_experts + d.routing.redundant_experts) / (d.ep * d.expert_slices if d.ep > 1 else tp)
+    experts_held = (count.num_experts + d.routing.redundant_experts) / (d.ep * d.expert_shards)
     if d.offload is not None:
         passing = 2 * experts_held if d.offload.policy == "stream" else OFFLOAD_BUFFER_EXPERTS
-        resident = d.offload.cached_experts / (d.expert_slices if d.ep > 1 else tp)
+        resident = d.offload.cached_experts / d.expert_shards
         experts_held = min(experts_held, resident + passing / max(moe_layers, 1))
-    shared = count.shared_layer / (1 if d.exchanges_tokens else tp)
+    shared = count.shared_layer / (1 if d.shared_whole else tp)
     norms = layers * count.norms_layer + stage.samples * count.final_norm
     plain_elements = norms + moe_layers * count.router_layer
     # a head that shares the embedding's table needs it in the last stage too
@@ -134,13 +134,12 @@ def workspace_bytes(model: Model, deployment: Deployment) -> float:
     ffn_rows = 3 * tokens * model.dense_inter_size / tp
     if (e := model.experts) is not None:
         k, _ = active_and_pool(model, d)
-        slices = 1 if d.ep > 1 else tp
-        rows = tokens * k * (d.dp if d.ep > 1 else 1) / max(1, d.ep)
+        rows = tokens * k * d.dp / d.ep
         if d.dispatch.capped:
             rows *= d.dispatch.capacity_factor
         if d.dispatch.kind == "einsum":  # gate weights and mask of every token and slot, fp32 and 16 bits
             mask = (4 + 2) * tokens * tokens * k * d.dispatch.capacity_factor
-        ffn_rows = max(ffn_rows, rows * (e.matrices * e.inter_size / slices + model.hidden))
+        ffn_rows = max(ffn_rows, rows * (e.matrices * e.inter_size / d.expert_shards + model.hidden))
     activations = 2.0 * (hidden_rows + max(attention_rows, ffn_rows))
     logits = d.max_num_seqs * model.vocab * (2 + 4 + 4 + 8)  # bf16, fp32, sorted fp32, int64 order
     devices = d.devices_per_replica

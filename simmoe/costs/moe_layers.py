@@ -82,7 +82,7 @@ class MoeLayers:
 
     @property
     def exchanges_tokens(self) -> bool:
-        """Whether experts are spread over data-parallel ranks, so that tokens travel."""
+        """Whether data-parallel ranks share the experts, so that tokens travel."""
         return self.deployment.exchanges_tokens
 
     @cached_property
@@ -147,7 +147,7 @@ class MoeLayers:
     @property
     def _inter(self) -> float:
         e, d = self.experts, self.deployment
-        return e.inter_size / (d.expert_slices if d.ep > 1 else d.tp_size)
+        return e.inter_size / d.expert_shards
 
     @property
     def _expert_elements(self) -> float:

@@ -68,8 +68,8 @@ class TokenExchange:
     @property
     def gathers(self) -> bool:
         """Whether every rank gets all ranks' tokens."""
-        fabric = self.times.hardware.fabric
-        on_torus = fabric is not None and fabric.torus is not None and self.deployment.exchange.algorithm == "auto"
+        fabric, d = self.times.hardware.fabric, self.deployment
+        on_torus = fabric is not None and fabric.torus is not None and d.exchange.algorithm == "auto" and d.ep > 1
         return self.algorithm in ("gather", "broadcast") and not on_torus
 
     @property
@@ -79,8 +79,12 @@ class TokenExchange:
 
     @property
     def _ranks(self) -> int:
-        """Devices that exchange tokens: all slices of all expert-parallel ranks."""
-        return self.deployment.ep * self.deployment.expert_slices
+        """Devices that exchange tokens: all slices of all expert-parallel ranks.
+
+        Without expert parallelism those of one tensor-parallel index, each with all tokens of its data-parallel rank.
+        """
+        d = self.deployment
+        return d.ep * d.expert_slices if d.ep > 1 else d.dp
 
     def phase_s(
         self, phase: str, kind: LayerKind, local: Array, load: ExpertLoad, copies: tuple[Array, Array]
@@ -93,7 +97,8 @@ class TokenExchange:
         load : what the busiest rank's experts get, as the others below of that shape.
         copies : what it exchanges over the even share, counted one a pair and one a token. [-]
         """
-        per_rank = np.maximum(local / self.deployment.tp_size, 1.0)
+        d = self.deployment
+        per_rank = np.maximum(local / (d.tp_size if d.ep > 1 else 1), 1.0)
         return self._exchange(kind, phase, per_rank, *copies) + self._between_slices(phase, load)
 
     def _between_slices(self, phase: str, load: ExpertLoad) -> Array | float:
@@ -199,6 +204,13 @@ class TokenExchange:
         return self._collective(phase, "all_gather", message) + (self._ranks - 1) * fixed
 
     def _collective(self, phase: str, operation: str, message: Array) -> Array:
-        features = nccl.features_of(operation, message, self._ranks)
+        d, hardware = self.deployment, self.times.hardware
+        inside = self._ranks
+        if d.ep == 1 and d.tp_size * d.dp > hardware.devices_per_node:  # of an index, a node has but a few
+            inside = max(1, hardware.devices_per_node // d.tp_size)
+        features = nccl.features_of(operation, message, inside)
         seconds, self.sigma[phase] = self.times.seconds(nccl.OPERATOR, features, operation=operation)
-        return seconds
+        if inside == self._ranks:
+            return seconds
+        across = collectives.between_nodes_gather_s(message / inside, math.ceil(self._ranks / inside), hardware)
+        return seconds + nccl.PASSES[operation] * across

@@ -94,7 +94,7 @@ class Engine:
     def _experts_tuned(self) -> bool:
         """Whether the engine's version shipped a tuned expert kernel for this shape: slowdown leaves it alone."""
         e, d = self.model.experts, self.deployment
-        width = (e.inter_size if d.ep > 1 else e.inter_size / d.tp_size) if e else 0
+        width = e.inter_size / d.expert_shards if e else 0
         return (self.num_experts, width) in self.parameters.tuned_expert_shapes
 
     # ---- what depends on the number of tokens alone -----------------------------------------------------------
@@ -176,7 +176,7 @@ class Engine:
 
     def _matrices(self) -> list[Matrix]:
         m, d = self.model, self.deployment
-        shapes = token_matrices(m, d, replicated=self._exchanges_tokens, fused=self._shared_fused)
+        shapes = token_matrices(m, d, replicated=d.shared_whole, fused=self._shared_fused)
         return shapes if self.encoder is None else shapes + cross_queries(m, d.tp_size)
 
     def encode(self, prompts: Sequence[int]) -> dict[str, float]:
@@ -196,7 +196,7 @@ class Engine:
 
     @property
     def _exchanges_tokens(self) -> bool:
-        """Experts spread over data-parallel ranks: tokens travel (dispatch, combine) instead of being reduced."""
+        """Experts shared by data-parallel ranks: tokens travel (dispatch, combine) instead of being reduced."""
         return self.model.experts is not None and self.deployment.exchanges_tokens
 
     # ---- attention and head -----------------------------------------------------------------------------------

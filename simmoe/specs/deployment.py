@@ -1,8 +1,8 @@
 """How a model is laid out on devices and which engine drives it.
 
-``gpus`` devices make ``gpus / (tp * pp)`` data-parallel ranks under plain tensor parallelism. With
-``dp > 1`` and ``ep > 1`` attention runs data-parallel and experts spread over all ``ep`` ranks (the
-wide-EP layout); then the dp ranks step together.
+``gpus`` devices make ``gpus / (tp * pp)`` replicas under plain tensor parallelism. With ``dp > 1``
+attention runs data-parallel and ranks step together; experts spread over all ``ep`` ranks (the
+wide-EP layout) or, with ``ep`` 1, are sliced over all ``tp x dp`` devices.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Deployment(Spec):
 
     gpus: int = Field(default=1, ge=1, le=65536, description="Devices in total, over all replicas.")
     tp: int | None = Field(default=None, ge=1, description="Tensor-parallel size of attention and dense parts.")
-    ep: int = Field(default=1, ge=1, description="Expert-parallel size; 1: experts are sliced by tp.")
+    ep: int = Field(default=1, ge=1, description="Expert-parallel size; 1: experts are sliced by tp x dp.")
     expert_slices: int = Field(default=1, ge=1, description="Devices that share each expert's width, ep above 1.")
     dp: int = Field(default=1, ge=1, description="Data-parallel attention ranks in one engine (they step together).")
     pp: int = Field(default=1, ge=1, description="Pipeline stages.")
@@ -97,7 +97,7 @@ class Deployment(Spec):
                 f"{self.devices_per_replica}"
             )
         if self.expert_slices > 1 and self.ep == 1:
-            raise ValueError("expert_slices needs ep above 1; with ep 1 experts are sliced by tp")
+            raise ValueError("expert_slices needs ep above 1; with ep 1 experts are sliced by tp x dp")
         if self.ep > 1 and self.ep * self.expert_slices != self.tp_size * self.dp:
             sliced = f", or that over expert_slices {self.expert_slices}" if self.expert_slices > 1 else ""
             raise ValueError(f"ep {self.ep} must be 1 or tp x dp = {self.tp_size * self.dp}{sliced}")
@@ -117,8 +117,22 @@ class Deployment(Spec):
 
     @property
     def exchanges_tokens(self) -> bool:
-        """Whether experts are spread over data-parallel ranks, so that tokens travel (dispatch, combine)."""
-        return self.ep > 1 and self.dp > 1
+        """Whether data-parallel ranks share experts (of a model with any), so that tokens travel."""
+        return self.dp > 1
+
+    @property
+    def expert_shards(self) -> int:
+        """Devices that share each expert's width: without expert parallelism all, over data-parallel ranks too.
+
+        So do vLLM ("the expert layers form a tensor parallel group of size DP x TP", docs: data parallel deployment)
+        and SGLang and TensorRT-LLM under attention DP, whose tensor-parallel group is cut for attention alone.
+        """
+        return self.expert_slices if self.ep > 1 else self.tp_size * self.dp
+
+    @property
+    def shared_whole(self) -> bool:
+        """Whether a shared expert is whole on every device: tokens reach it as they lie, spread over all of them."""
+        return self.exchanges_tokens and self.ep > 1
 
     @property
     def rows_per_decode(self) -> int:

@@ -107,11 +107,15 @@ def exchange_algorithm(deployment: Deployment) -> ExchangeAlgorithm:
     """How tokens travel between a deployment's expert-parallel ranks, ``auto`` resolved for its engine and version.
 
     vLLM's two half batches need DeepEP (its configuration refuses them otherwise), so that asking for them asks for it.
+    Without expert parallelism every rank computes its slice for all tokens, so that gathering them is all there is.
     """
     chosen = deployment.exchange
-    if chosen.algorithm != "auto":
+    sliced = deployment.ep == 1
+    if chosen.algorithm != "auto" and not (sliced and chosen.algorithm != "broadcast"):
         return chosen.algorithm
-    if deployment.engine != "vllm" or chosen.overlap == "two_batch":
+    if sliced and deployment.engine != "vllm":
+        return "gather"
+    if deployment.engine != "vllm" or (chosen.overlap == "two_batch" and not sliced):
         return "deepep"
     numbers = version_numbers(deployment.engine_version)
     return "broadcast" if numbers is not None and numbers < GATHERS_SINCE else "gather"

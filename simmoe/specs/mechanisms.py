@@ -29,7 +29,8 @@ class Exchange(Spec):
     what its experts are to do with them, and the results are reduced and scattered, then reduced over tensor-parallel
     ranks: vLLM's default since 0.11 (``allgather_reducescatter``), and what attention data parallelism does in
     SGLang and TensorRT-LLM inside a node. ``broadcast``: the same, with every rank sending to all in turn and results
-    reduced everywhere: vLLM's default before (``naive``).
+    reduced everywhere: vLLM's default before (``naive``). Experts that are sliced over data-parallel ranks (ep 1) know
+    these two alone.
     """
 
     algorithm: ExchangeAlgorithm = "auto"
