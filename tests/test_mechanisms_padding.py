@@ -79,6 +79,20 @@ def test_one_hot_dispatch_costs_the_square_of_the_tokens():
     assert extra[1] / extra[0] == pytest.approx(4, rel=0.25)
 
 
+@given(st.sampled_from(["qwen3-30b-a3b", "mixtral-8x7b", "deepseek-v2-lite"]), st.integers(1, 4096),
+       st.sampled_from([1, 4]), st.sampled_from(["bfloat16", "fp8"]))  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_a_loop_over_experts_never_beats_the_fused_block(model, tokens, tp, precision):
+    """It reads the same weights, computes the same rows and launches more."""
+    looped, fused = (
+        Engine(
+            H100, load_model(model), Deployment(gpus=tp, tp=tp, weight_precision=precision, dispatch=Dispatch(**how))
+        ).token_parts(np.array([float(tokens)]))["routed_experts"][0]
+        for how in ({"kind": "loop"}, {})
+    )
+    assert looped >= fused
+
+
 def test_a_loop_over_experts_costs_a_launch_or_more_for_each():
     looped, grouped = (engine(**how).step(Batch(16, 16_000)).parts for how in ({"kind": "loop"}, {}))
     assert looped["routed_experts"] > 2 * grouped["routed_experts"]

@@ -163,11 +163,6 @@ class MoeLayers:
     def _experts(self, kind: LayerKind, load: ExpertLoad, local: Array) -> Array:
         """Expert block of one layer on the busiest rank. [s]"""
         d, e, p = self.deployment, self.experts, self.precision.experts
-        if d.dispatch.kind == "loop":
-            self.sigma["routed_experts"] = 0.5
-            return padding.loop_s(
-                self.times, load, self.model.hidden, self._inter, e.matrices, p, d.dispatch.launch_time
-            )
         shared = int(self.shared_fused)
         features = experts.features_of(
             with_shared(load) if shared else load,
@@ -182,6 +177,12 @@ class MoeLayers:
             dispatched=self.exchanges_tokens and not self.exchange.gathers,
         )
         seconds, self.sigma["routed_experts"] = self._block(features, local)
+        if d.dispatch.kind == "loop":
+            self.sigma["routed_experts"] = 0.5
+            apart = padding.loop_s(
+                self.times, load, self.model.hidden, self._inter, e.matrices, p, d.dispatch.launch_time
+            )
+            seconds = np.maximum(apart, seconds)  # the same choice, weights and rows, and nothing of it for less
         if d.dispatch.kind == "einsum":
             slots = load.busiest_expert_tokens * self.pool / (d.dp if self.exchanges_tokens else 1)
             seconds = seconds + padding.einsum_s(self.times, local, slots, self.model.hidden)
