@@ -167,6 +167,14 @@ def test_one_device_reduces_nothing_and_several_do():
     assert four.routed_experts_s < one.routed_experts_s
 
 
+def test_tensor_parallel_ranks_sum_what_they_look_up_as_well():
+    """Each has a part of the vocabulary (vLLM's VocabParallelEmbedding), and sums after attention and FFN of a layer."""
+    model = MODELS["mixtral-8x7b"]
+    two, one = (model.vary(layers=n, moe_layers=n, published=None) for n in (2, 1))
+    sums = [Engine(HARDWARE["h100"], m, Deployment(gpus=4)).step(Batch(8, 800)).all_reduce_s for m in (two, one)]
+    assert sums[0] / sums[1] == pytest.approx(5 / 3)
+
+
 def test_one_token_after_a_transferred_prompt_expands_no_latents():
     """A decode pool's newcomer brings its cache: its first token attends as a decode does, not as a prompt's chunk."""
     table = step_table(

@@ -147,7 +147,9 @@ class Engine:
             after_ffn = m.layers if reduced else m.dense_layers
             message = local * m.hidden * 2.0
             across = m.layers if m.encoder is not None else 0  # cross-attention ends in sums over the ranks too
-            parts["all_reduce"] = (m.layers + across + after_ffn) * self.dense.all_reduce(message)
+            embedding = 1  # each rank has a part of the vocabulary
+            sums = embedding + m.layers + across + after_ffn
+            parts["all_reduce"] = sums * self.dense.all_reduce(message)
         parts["elementwise"] = self.dense.elementwise(local)
         self.sigma |= self.dense.sigma
         slow = self.parameters.kernel_slowdown
