@@ -168,7 +168,7 @@ def test_one_device_reduces_nothing_and_several_do():
 
 
 def test_tensor_parallel_ranks_sum_what_they_look_up_as_well():
-    """Each has a part of the vocabulary (vLLM's VocabParallelEmbedding), and sums after attention and FFN of a layer."""
+    """Each has a part of the vocabulary (vLLM's VocabParallelEmbedding); a layer has two sums."""
     model = MODELS["mixtral-8x7b"]
     two, one = (model.vary(layers=n, moe_layers=n, published=None) for n in (2, 1))
     sums = [Engine(HARDWARE["h100"], m, Deployment(gpus=4)).step(Batch(8, 800)).all_reduce_s for m in (two, one)]
@@ -184,6 +184,17 @@ def test_one_token_after_a_transferred_prompt_expands_no_latents():
     alone, two = ([table.step_s(Batch(0, 0, ((new, cached),))) for cached in (4000, 8000)] for new in (1, 2))
     assert alone[1] - alone[0] == pytest.approx(4000 * table.prefill_per_pair_s)
     assert two[1] - two[0] == pytest.approx(4000 * (2 * table.prefill_per_pair_s + table.prefill_per_cached_s))
+
+
+@pytest.mark.parametrize("device", ["a100", "l40s", "h100"])
+@pytest.mark.parametrize("prompt", [600, 8000])
+def test_a_short_chunk_walks_over_its_cached_prefix(device, prompt):
+    """FlashAttention 2 splits no keys of prompts: the table gave 16 tokens behind 8,000 half of their time."""
+    alone = Engine(load_hardware(device), load_model("llama-3.1-8b"), Deployment())
+    table = step_table(alone, mean_context=prompt + 100.0, prompt_tokens=float(prompt))
+    for cached in (prompt, 8000):
+        batch = Batch(prefill_chunks=((16, cached),))
+        assert table.breakdown(batch, 1).attention_s == pytest.approx(alone.step(batch).attention_s, rel=0.2)
 
 
 def test_over_nodes_ranks_reduce_as_nccl_does():

@@ -36,6 +36,8 @@ def make_table(
         prefill_per_token_s=1e-5,
         prefill_per_pair_s=3e-8,
         prefill_per_cached_s=4e-6,
+        prefill_walk_base_s=1e-4,
+        prefill_walk_s=1.5e-5,
     )
 
 

@@ -132,7 +132,9 @@ class StepTable:
          + prefill_per_token_s * new + prefill_per_pair_s * pairs + prefill_per_cached_s * cached
     with rows = new + b * rows_per_decode (1 without speculative decoding), and new, pairs, cached = sums over the
     step's prompt chunks of new, of new * cached + new * (new + 1) / 2 and of the tokens cached before them, which MLA
-    expands again for every chunk: attention kernels take all chunks of a step in one launch.
+    expands again for every chunk: attention kernels take all chunks of a step in one launch. The prefill terms are at
+    least prefill_walk_base_s + prefill_walk_s * keys, keys being the most that a chunk's last token sees: however few
+    tokens are new, somebody walks over what is cached before them.
     In a step that has both, mixed_base_s and mixed_per_context_s stand in for the decode terms, if given. In a pipeline
     steps with c prompt chunks have prompt_token_s[i, rows] for the first term and prompt_shares[i] of the prefill
     terms, i = min(c, stages) - 1.
@@ -155,6 +157,8 @@ class StepTable:
     prompt_shares: Array | None = None
     steps_ahead: int = 0
     prefill_per_cached_s: float = 0.0
+    prefill_walk_base_s: float = 0.0
+    prefill_walk_s: float = 0.0
 
     def __post_init__(self) -> None:
         if self.prompt_token_s is None:  # no pipeline: a step's prompts make one batch with its decodes
@@ -214,7 +218,9 @@ class StepTable:
                 slope = self.mixed_per_context_s
             total += float(base[b] + slope[b] * batch.decode_context_tokens)
         if batch.prefill_chunks:
-            total += _of_prompts(batch, self.prefill_terms) * float(self.prompts[1][self._micro_batches(batch)])
+            walk = self.prefill_walk_base_s + self.prefill_walk_s * _longest(batch)
+            attention = max(_of_prompts(batch, self.prefill_terms), walk)
+            total += attention * float(self.prompts[1][self._micro_batches(batch)])
         return total
 
     def _micro_batches(self, batch: Batch) -> int:
@@ -255,6 +261,11 @@ def _of_prompts(batch: Batch, terms: tuple[float, float, float, float]) -> float
     pairs = sum(n * cached + n * (n + 1) / 2 for n, cached in batch.prefill_chunks)
     cached_tokens = sum(cached for new, cached in batch.prefill_chunks if new > 1)  # one token attends as a decode does
     return terms[0] + terms[1] * batch.prompt_tokens + terms[2] * pairs + terms[3] * cached_tokens
+
+
+def _longest(batch: Batch) -> int:
+    """Most tokens that a prompt chunk's last one sees. [tokens]"""
+    return max((new + cached for new, cached in batch.prefill_chunks if new > 1), default=0)
 
 
 def spread(parts: Mapping[str, float], sigma: Mapping[str, float]) -> float:

@@ -2,8 +2,8 @@
 
 Attention is affine in context: two contexts on either side of the workload's mean give base and slope. Prompts are
 timed at one usual chunk and its half, and both again behind cached tokens, which gives their cost per token, per pair
-and per cached token. Checked against `Engine.step` in tests/test_engine.py, tests/test_pipeline.py and
-tests/test_speculation.py.
+and per cached token; and at a few tokens behind many, which gives that of walking over a prefix. Checked against
+`Engine.step` in tests/test_engine.py, tests/test_pipeline.py and tests/test_speculation.py.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ Array = NDArray[np.float64]
 Kernel = Callable[[Array, Array], Array]
 #: What steps with prompts add: a base, per new token, per attended pair, per cached token. [s]
 Terms = tuple[float, float, float, float]
+#: New tokens of a prompt whose head is cached: a block or less. [tokens]
+_FEW = 16.0
 
 
 def step_table(engine: Engine, *, mean_context: float, prompt_tokens: float) -> StepTable:
@@ -75,13 +77,14 @@ def step_table(engine: Engine, *, mean_context: float, prompt_tokens: float) -> 
     chunk = max(min(prompt_tokens, float(d.max_num_batched_tokens)), 2.0)
     before = max(prompt_tokens - chunk, chunk)
     prefill = _of_chunks(engine.prefill_attention, chunk, before, d.dp)
+    walk_base, walk = _walk(engine.prefill_attention, min(chunk, _FEW), before, d.dp)
     draft_prefill = (0.0, 0.0, 0.0, 0.0)
     if drafts is not None:
         draft_prefill = _of_chunks(drafts.prompt_attention_s, chunk, before, d.dp)
     floor, linear, quadratic, cached = (a + b for a, b in zip(prefill, draft_prefill, strict=True))
     if engine.encoder is not None:
         (floor, linear, quadratic, cached), beside = _encoded(engine, token_s, max(round(chunk), 2), index)
-        mixed_base_s = mixed_base_s + beside
+        mixed_base_s, walk_base, walk = mixed_base_s + beside, 0.0, 0.0
     detail = StepDetail(
         grid, parts, dict(engine.sigma), engine.host_per_row, rows, tuple(by_batches), draft_s, draft_slope_s,
         draft_prefill, waiting,
@@ -93,6 +96,8 @@ def step_table(engine: Engine, *, mean_context: float, prompt_tokens: float) -> 
         pipeline.prompt_share(np.arange(1.0, d.pp + 1), d.pp, drained=engine.drained),
         steps_ahead=engine.parameters.steps_ahead,
         prefill_per_cached_s=cached,
+        prefill_walk_base_s=walk_base,
+        prefill_walk_s=walk,
     )  # fmt: skip
 
 
@@ -161,6 +166,13 @@ def _of_chunks(kernel: Kernel, chunk: float, before: float, ranks: int) -> Terms
     floor = max(whole - linear * chunks[0] - quadratic * pairs[0], 0.0)
     cached = max(more_of_half / before - quadratic * chunks[1], 0.0)
     return float(floor), float(linear / ranks), float(quadratic / ranks), float(cached / ranks)
+
+
+def _walk(kernel: Kernel, few: float, before: float, ranks: int) -> tuple[float, float]:
+    """Attention of ``few`` tokens behind about ``before`` cached ones: its base, and per token the last sees. [s]"""
+    near, far = kernel(np.full(2, few), np.array([before, 2 * before])).tolist()
+    walk = max(far - near, 0.0) / before
+    return max(near - walk * (before + few), 0.0) / ranks, walk / ranks  # spread as `_of_chunks` spreads its terms
 
 
 def _grid(top: int) -> Array:

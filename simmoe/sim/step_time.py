@@ -76,13 +76,16 @@ def _chunks(attention: list[int], s: Scheduler, dp: int) -> tuple[int, int, int]
 
     ``attention`` spreads a replica's prompts over its ``dp`` ranks; one rank's are timed as if each rank had as many.
     """
-    tokens = sampled = pairs = before = 0
+    tokens = sampled = pairs = before = longest = 0
     for request, new, cached in s.chunks:
         tokens += new
         sampled += cached + new == request.target
         pairs += new * (new + 1) // 2
+        if new > 1:  # one token alone, as after a transfer, attends as a decode does
+            longest = max(longest, cached + new)
+            before += cached
         if cached:
             pairs += new * cached
-            before += cached if new > 1 else 0  # one token alone, as after a transfer, attends as a decode does
-    base, per_new, per_pair, per_cached = attention
-    return tokens, sampled, base + dp * (per_new * tokens + per_pair * pairs + per_cached * before)
+    base, per_new, per_pair, per_cached, walk_base, walk = attention
+    summed = base + dp * (per_new * tokens + per_pair * pairs + per_cached * before)
+    return tokens, sampled, max(summed, dp * (walk_base + walk * longest))

@@ -41,7 +41,7 @@ class TickTable:
 
     ``per_context`` and ``mixed_per_context`` are per grain of context (`kv_cache`). ``prompts[i]`` is of steps with
     i + 1 prompt chunks, the last also of steps with more: the part that depends on the tokens alone, and the prompts'
-    attention (base, per new token, per pair, per cached token).
+    attention (base, per new token, per pair, per cached token; and the longest walk's base and per token).
     """
 
     token: list[int]
@@ -83,7 +83,8 @@ class TickTable:
         tokens = [token]
         if len(by_batches) > 1:
             tokens = [_all_to_ticks(row[: max_tokens + 1]) for row in by_batches]
-        attention = ([to_ticks(term * share) for term in table.prefill_terms] for share in shares.tolist())
+        terms = (*table.prefill_terms, table.prefill_walk_base_s, table.prefill_walk_s)
+        attention = ([to_ticks(term * share) for term in terms] for share in shares.tolist())
         return cls(
             token=token,
             prompts=list(zip(tokens, attention, strict=True)),

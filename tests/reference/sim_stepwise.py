@@ -366,11 +366,14 @@ def step_time(table, ranks, exchange):
             new = dp * sum(n for _, n in chunks)
             pairs = dp * sum(n * job.computed + n * (n + 1) // 2 for job, n in chunks)
             cached = dp * sum(job.computed for job, new in chunks if new > 1)
-            prefill.append(
+            walk = max((job.computed + new for job, new in chunks if new > 1), default=0)
+            summed = (
                 ticks(table.prefill_base_s * share) + ticks(table.prefill_per_token_s * share) * new
                 + ticks(table.prefill_per_pair_s * share) * pairs
                 + ticks(table.prefill_per_cached_s * share) * cached
             )  # fmt: skip
+            walked = dp * (ticks(table.prefill_walk_base_s * share) + ticks(table.prefill_walk_s * share) * walk)
+            prefill.append(max(summed, walked))
     together = sum(tokens) if exchange or dp == 1 else dp * max(tokens)
     token_s = table.prompt_token_s[min(by_batches) - 1] if by_batches else table.token_s
     time = ticks(token_s[together]) + ticks(table.head_s[dp * max(sampled)]) + max(prefill) + max(attention)
