@@ -21,6 +21,7 @@ from simmoe.planning.question import OPTIMISM, Layout, Question
 from simmoe.predict import compiled_for
 from simmoe.specs.workload import Workload
 from simmoe.steady.load_curve import decode_steps
+from simmoe.steady.step_times import StepTimes
 
 #: Prefill layouts tried with every decode layout.
 _PREFILL_LAYOUTS = 2
@@ -102,22 +103,18 @@ def _sigma(layout: Layout) -> float:
 
 
 def _capacity(layout: Layout, workload: Workload) -> _Capacity:
-    """A replica that does nothing but steps full of prompts."""
-    parts = compiled_for(layout.offer.hardware, layout.model, layout.replica, workload)
-    table, tokens = parts.table, workload.input.mean
-    by_batches, shares = table.prompts
+    """A replica that does nothing but steps full of prompts, each of which is one data-parallel rank's."""
+    replica, tokens = layout.replica, workload.input.mean
+    table = compiled_for(layout.offer.hardware, layout.model, replica, workload).table
+    times = StepTimes(table, replica, workload)
 
     def step_s(chunk: float) -> float:
-        pairs, cached = chunk * (tokens + 1) / 2, max(tokens - chunk, 0.0) / 2
-        base, per_token, per_pair, per_cached = table.prefill_terms
-        attention = base + per_token * chunk + per_pair * pairs + per_cached * cached
-        prompts = min(max(1, int(chunk // tokens)), len(shares)) - 1
-        return float(by_batches[prompts, int(chunk)] + shares[prompts] * attention)
+        return float(times.mixed_s(np.zeros(1), np.array([chunk]), np.ones(1))[0])
 
-    most = min(layout.replica.tokens_per_replica, table.max_tokens)
-    chunk = min(most, max(1, int(most // tokens)) * tokens)
+    most = min(replica.max_num_batched_tokens, table.max_tokens // replica.dp)
     alone = min(tokens, most)
-    return _Capacity(layout, chunk / tokens / step_s(chunk), step_s(alone) * tokens / alone, _sigma(layout))
+    full = replica.dp * max(1, int(most // tokens)) * alone
+    return _Capacity(layout, full / tokens / step_s(full), step_s(alone) * tokens / alone, _sigma(layout))
 
 
 def _decode_per_s(layout: Layout, workload: Workload, limits: Sequence[Limit], slow: float) -> float:
