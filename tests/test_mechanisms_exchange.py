@@ -104,7 +104,8 @@ def test_gathered_results_are_reduced_over_tensor_parallel_ranks_too():
         name: Engine(H100, mixtral, layout.vary(exchange=Exchange(algorithm=name))).step(Batch(64, 64_000)).all_reduce_s
         for name in ("gather", "flat")
     }
-    assert reduced["gather"] == pytest.approx(2 * reduced["flat"])
+    sums = {"gather": 1 + 2 * mixtral.layers, "flat": 1 + mixtral.layers}  # the embedding's is the one more
+    assert reduced["gather"] / reduced["flat"] == pytest.approx(sums["gather"] / sums["flat"])
 
 
 @few
