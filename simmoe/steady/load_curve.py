@@ -58,6 +58,8 @@ class Curve:
     chunk : prompt tokens in a step that carries any. [tokens]
     beside : decoding requests in such a step. [requests]
     width : rows that a decoding request brings to a step. [tokens]
+    times : of steps, whatever they hold.
+    decode_steps : of a request. [steps]
     limit : what ends the curve: "KV cache", "max_num_seqs" or "token budget".
     token_budget : most tokens in one step. [tokens]
     steps_ahead : steps decided before the running one ends, 0 or 1.
@@ -79,6 +81,8 @@ class Curve:
     room: Array
     chunk: Array
     beside: Array
+    times: StepTimes
+    decode_steps: float
     limit: str
     token_budget: float
     width: int = 1
@@ -141,8 +145,8 @@ def load_curve(
     n = np.append(in_flight[in_flight < end], end)
     at_n = {name: np.interp(n, in_flight, column) for name, column in columns.items()}
     return Curve(
-        in_flight=n, **at_n, limit=limit, token_budget=budget, width=width, steps_ahead=table.steps_ahead,
-        prompts_first=first,
+        in_flight=n, **at_n, times=times, decode_steps=steps, limit=limit, token_budget=budget, width=width,
+        steps_ahead=table.steps_ahead, prompts_first=first,
     )  # fmt: skip
 
 

@@ -63,8 +63,8 @@ def steady_states(
     found = []
     for rate, state in zip(each.tolist(), open_loop(curve, workload, each, deployment.replicas), strict=True):
         metrics = _metrics(
-            deployment, workload, kv_tokens, rate, state.at, state.ttft, state.tpot, running=state.running,
-            waiting=state.waiting, utilisation=state.busy,
+            deployment, workload, kv_tokens, rate, state.at, state.ttft, state.tpot, itl=state.itl, e2e=state.e2e,
+            running=state.running, waiting=state.waiting, utilisation=state.busy,
         )  # fmt: skip
         found.append((metrics, "offered rate" if state.wait < 0.05 else curve.limit))
     return found
@@ -133,9 +133,12 @@ def _closed(
     if equal and (curve.prompts_first or away):  # first tokens come step by step, evenly on both sides of the mean
         half = max(0.0, prefill - at["mixed_step_s"]) if curve.prompts_first else met_waiting
         ttft = Quantiles(mean=ttft_mean, p50=ttft_mean, p90=ttft_mean + 0.8 * half, p99=ttft_mean + 0.98 * half)
+    tpot_s = at["tpot_s"]
+    e2e = Quantiles(**{name: getattr(ttft, name) + steps * tpot_s for name in ("mean", "p50", "p90", "p99")})
+    itl = _itl(at["decode_step_s"], at["long_gap_s"], at["long_gap_share"])
     metrics = _metrics(
-        deployment, workload, kv_tokens, throughput, at, ttft, _around(at["tpot_s"]), running=throughput * served_s,
-        waiting=throughput * queue, utilisation=1.0 - idle**independent,
+        deployment, workload, kv_tokens, throughput, at, ttft, _around(tpot_s), itl=itl, e2e=e2e,
+        running=throughput * served_s, waiting=throughput * queue, utilisation=1.0 - idle**independent,
     )  # fmt: skip
     return metrics, curve.limit if queued else "concurrency"
 
@@ -168,18 +171,13 @@ def _metrics(
     ttft: Quantiles,
     tpot: Quantiles,
     *,
+    itl: Quantiles,
+    e2e: Quantiles,
     running: float,
     waiting: float,
     utilisation: float,
 ) -> ServingMetrics:
     replicas, output = deployment.replicas, workload.output.mean
-    steps = max(output - 1, 0.0)
-    e2e = Quantiles(
-        mean=ttft.mean + steps * tpot.mean,
-        p50=ttft.p50 + steps * tpot.p50,
-        p90=ttft.p90 + steps * tpot.p90,
-        p99=ttft.p99 + steps * tpot.p99,
-    )
     total = throughput * replicas
     return ServingMetrics(
         requests_per_s=total,
@@ -187,7 +185,7 @@ def _metrics(
         total_tokens_per_s=total * (output + workload.input.mean),
         ttft=ttft,
         tpot=tpot,
-        itl=_itl(at["decode_step_s"], at["long_gap_s"], at["long_gap_share"]),
+        itl=itl,
         e2e=e2e,
         mean_running=running * replicas,
         mean_waiting=waiting * replicas,

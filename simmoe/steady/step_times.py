@@ -80,7 +80,7 @@ class StepTimes:
         A prompt is one rank's; of one longer than what a rank computes in a step, a step carries a piece.
         ``waited_for``: decoding requests of the replica if all its ranks had as many as the fullest; None: ``beside``.
         """
-        table, input_tokens, varied = self.table, self.input_tokens, self.varied
+        input_tokens, varied = self.input_tokens, self.varied
         piece = min(input_tokens, self.most_each)
         cohort = np.maximum(chunk / piece, 1.0)
         spread = np.interp(cohort, np.arange(1, self.dp + 1), self.largest)
@@ -93,13 +93,52 @@ class StepTimes:
         # later chunks of a prompt that one step does not hold stand, on average, behind half of the rest
         cached = self.dp * (whole - np.minimum(slowest / self.dp, whole)) / 2
         attending = beside if waited_for is None else waited_for
-        sampled = np.minimum(self.width * beside + slowest / input_tokens, len(table.head_s) - 1)
-        tokens_s, share_shown = _with_prompts(table, self.width * beside + chunk, cohort)
+        sampled = self.width * beside + slowest / input_tokens
+        rows = self.width * beside + chunk
+        return self._mixed_s(rows, cohort, sampled, attending * fullest, attending, (slowest, pairs, cached))
+
+    def prompt_step_s(self, beside: Array, tokens: Array, room: Array, fullest: Array) -> Array:
+        """As `mixed_s`, of a step that is given so many prompt tokens now, not on average. [s]
+
+        Fewer than a typical prompt's are one prompt's. A step without ``room`` left works on prompts that others began.
+        """
+        typical = self.input_tokens * (1.0 + self.varied)  # a token's own prompt is longer than the mean one
+        cohort = np.maximum(tokens / min(self.input_tokens, self.most_each), 1.0)
+        spread = math.sqrt(self.varied) * np.interp(cohort, np.arange(1, self.dp + 1), self.largest)
+        slowest = np.maximum(tokens, self.dp * np.minimum(np.minimum(tokens, typical * (1.0 + spread)), self.most_each))
+        behind = np.where(tokens >= room, np.maximum(typical - room / self.dp, 0.0) / 2, 0.0)
+        pairs = slowest * (np.where(tokens >= room, typical, np.minimum(tokens, typical)) + 1.0) / 2
+        sampled = self.width * beside + cohort
+        rows = self.width * beside + tokens
+        attended = beside * fullest
+        return self._mixed_s(rows, cohort, sampled, attended, beside, (slowest, pairs, self.dp * behind))
+
+    def own_prompt_s(self, length: Array, full: Array, last: Array, room: Array) -> Array:
+        """What a prompt of its own ``length`` attends to beyond what `prompt_step_s` took for the tokens of its steps. [s]
+
+        ``full`` steps that hold no more than ``room``, then one with ``last`` prompt tokens.
+        """
+        _, _, per_pair_s, per_cached_s = self.table.prefill_terms
+        typical, each = self.input_tokens * (1.0 + self.varied), room / self.dp
+        end = np.minimum(length, last)
+        taken = np.where(last >= room, typical, np.minimum(last, typical))
+        pairs = length**2 - (length - end) * typical - end * taken
+        behind = np.maximum(typical - each, 0.0) / 2
+        cached = full * (full + 1.0) / 2 * each - (full + np.where(last >= room, 1.0, 0.0)) * behind
+        return np.asarray(self.dp * (per_pair_s * pairs / 2 + per_cached_s * np.where(length > end, cached, 0.0)))
+
+    def _mixed_s(
+        self, rows: Array, cohort: Array, sampled: Array, attended: Array, attending: Array, prompts: tuple[Array, ...]
+    ) -> Array:
+        """Step of so many rows and prompts; ``prompts``: their tokens, pairs, and tokens cached before. [s]"""
+        table = self.table
+        slowest, pairs, cached = prompts
+        tokens_s, share_shown = _with_prompts(table, rows, cohort)
         base_s, per_token_s, per_pair_s, per_cached_s = table.prefill_terms
         return np.asarray(
             tokens_s
-            + np.interp(sampled, np.arange(len(table.head_s)), table.head_s)
-            + _attention_s(table, attending, attending * self.mean_context * fullest)
+            + np.interp(np.minimum(sampled, len(table.head_s) - 1), np.arange(len(table.head_s)), table.head_s)
+            + _attention_s(table, attending, attended * self.mean_context)
             + share_shown * (base_s + per_token_s * slowest + per_pair_s * pairs + per_cached_s * cached),
             dtype=np.float64,
         )
