@@ -1,8 +1,8 @@
 """Fixed points at which distributions are added up: each stands for a request, with what it brings and what it meets.
 
 A Richtmyer sequence, multiples of the roots of primes modulo 1, fills the cube evenly (Niederreiter, "Random Number
-Generation and Quasi-Monte Carlo Methods", 1992, ch. 3). The points are the same for all loads, so that results change
-smoothly with them and repeat exactly.
+Generation and Quasi-Monte Carlo Methods", 1992, ch. 3); of each coordinate only the order is used. The points are the
+same for all loads, so that results change smoothly with them and repeat exactly.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from simmoe.metrics import Quantiles
 from simmoe.specs.traces import read_trace
@@ -20,15 +20,15 @@ from simmoe.specs.workload import Lengths, TraceReplay, Workload
 
 Array = NDArray[np.float64]
 
-POINTS = 1024
+POINTS = 512
 _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23)
 
 
 @lru_cache(maxsize=1)
 def shares() -> Array:
-    """Even points of the cube, shape (coordinates, POINTS); the first coordinate has equal steps. [-]"""
-    index = np.arange(POINTS) + 0.5
-    return np.vstack([index / POINTS, np.sqrt(np.array(_PRIMES, dtype=np.float64))[:, None] * index % 1.0])
+    """Even points of the cube, shape (coordinates, POINTS), each coordinate's in equal steps. [-]"""
+    sequence = np.sqrt(np.array(_PRIMES, dtype=np.float64))[:, None] * np.arange(1, POINTS + 1) % 1.0
+    return (np.argsort(np.argsort(sequence, axis=1), axis=1) + 0.5) / POINTS
 
 
 @lru_cache(maxsize=16)
@@ -57,36 +57,52 @@ def _lengths_at(lengths: Lengths, trace: TraceReplay | None, column: str, coordi
     share = shares()[coordinate]
     if lengths.kind == "uniform":
         assert lengths.high is not None
-        return np.floor(lengths.low + share * (lengths.high - lengths.low + 1))
+        return np.asarray(np.floor(lengths.low + share * (lengths.high - lengths.low + 1)))
     if lengths.kind == "lognormal":
         variance = math.log1p(lengths.cv**2)
         values = np.exp(math.log(lengths.mean) - variance / 2 + math.sqrt(variance) * normals(coordinate))
-        return np.clip(values, lengths.low, lengths.high)
+        return np.asarray(np.clip(values, lengths.low, lengths.high))
     if lengths.kind == "empirical":
         assert lengths.values is not None
-        return np.quantile(np.array(lengths.values, dtype=np.float64), share, method="inverted_cdf")
+        return _inverse(lengths.values, share)
     if lengths.kind == "trace":
         assert trace is not None
-        return np.quantile(np.asarray(getattr(read_trace(trace), column), np.float64), share, method="inverted_cdf")
+        return _inverse(getattr(read_trace(trace), column), share)
     return np.full(POINTS, max(1.0, lengths.mean))
 
 
-def drawn(upto: Array, share: Array) -> NDArray[np.int64]:
-    """Where shares fall in cumulative distributions, one a row: (rows, n), (m,) -> (rows, m)."""
-    found = [np.searchsorted(row, share * row[-1]) for row in upto]
-    return np.minimum(np.array(found), upto.shape[1] - 1)
+def _inverse(values: ArrayLike, share: Array) -> Array:
+    return np.asarray(np.quantile(np.asarray(values, np.float64), share, method="inverted_cdf"))
 
 
-def read_rows(x: Array, grid: Array, values: Array) -> Array:
-    """Row by row linear interpolation: (rows, m), (rows, n), (rows, n) -> (rows, m)."""
-    return np.array([np.interp(each, at, value) for each, at, value in zip(x, grid, values, strict=True)])
+@lru_cache(maxsize=16)
+def _in_order(coordinate: int) -> tuple[Array, NDArray[np.int64]]:
+    """A coordinate's shares, rising, and where each point's stands among them."""
+    share = shares()[coordinate]
+    order = np.argsort(share)
+    place = np.empty_like(order)
+    place[order] = np.arange(POINTS)
+    return share[order], place
+
+
+def drawn(weights: Array, coordinate: int) -> NDArray[np.int64]:
+    """What each point draws from distributions over 0, 1, ..., one a row: (rows, n) -> (rows, POINTS)."""
+    rising, place = _in_order(coordinate)
+    upto = np.cumsum(weights, axis=1)
+    below = np.searchsorted(rising, upto / upto[:, -1:], side="right")
+    below[:, -1] = POINTS
+    count = np.diff(below, axis=1, prepend=0)
+    each = np.broadcast_to(np.arange(weights.shape[1]), weights.shape)
+    return np.repeat(each.ravel(), count.ravel()).reshape(-1, POINTS)[:, place]
 
 
 def quantiles(values: Array, means: Array | None = None) -> list[Quantiles]:
     """Mean (or the one given) and percentiles of equally likely values, a distribution a row, shape (rows, n)."""
     n = values.shape[1]
-    at = [min(n - 1, math.floor(q * n)) for q in (0.5, 0.9, 0.99)]
-    picked = np.partition(values, at, axis=1)[:, at]
+    at = np.array([0.5, 0.9, 0.99]) * n - 0.5
+    lower = np.floor(at).astype(np.int64)
+    ordered = np.partition(values, np.concatenate([lower, lower + 1]), axis=1)
+    picked = ordered[:, lower] + (ordered[:, lower + 1] - ordered[:, lower]) * (at - lower)
     means = values.mean(axis=1) if means is None else means
     return [
         Quantiles(mean=mean, p50=p50, p90=p90, p99=p99)

@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 
 from simmoe.specs.workload import Workload
 from simmoe.steady.load_curve import Curve
-from simmoe.steady.points import POINTS, prompts_at, read_rows
+from simmoe.steady.points import POINTS, prompts_at
 
 Array = NDArray[np.float64]
 
-#: Cells of the grid of waiting tokens, lengths of steps whose arrivals are tabulated, points of a step's time by tokens.
-_CELLS, _DURATIONS, _SIZES = 64, 10, 24
+#: Cells of the grid of waiting tokens; lengths of steps whose arrivals, token counts whose steps are tabulated.
+_CELLS, _DURATIONS, _SIZES = 48, 8, 24
 _CELL = np.arange(_CELLS, dtype=np.float64)
-#: How far the grid reaches, in standard deviations of what comes during a step, and means of what waits beyond its room.
+#: How far the grid reaches: standard deviations of what comes in a step, means of what waits beyond its room.
 _DEVIATIONS, _BACKLOGS = 4.0, 5.0
 
 
@@ -38,22 +38,29 @@ class PromptQueue:
     ----------
     room : tokens that a step has for prompts, shape (loads,). [tokens]
     decode_s : a step without prompts, shape (loads,). [s]
-    sizes, sizes_s : prompt tokens of a step and its time, shape (loads, m). [tokens], [s]
-    alone_s : the same of a step without decodes, at ``sizes``. [s]
+    typical : length of a prompt that a token belongs to. [tokens]
+    ranks : data-parallel ranks.
+    sizes_s, alone_s : a step with 1 to ``room`` prompt tokens, evenly spaced in their logarithm, and the same without
+        decodes, shape (loads, m). [s]
     waiting : prompt tokens waiting when a step begins, shape (loads, n). [tokens]
     served : those it computes, shape (loads, n). [tokens]
     step_s : its time, shape (loads, n). [s]
     share : of steps, shape (loads, n). [-]
     durations_s : lengths of step for which ``came`` is tabulated, shape (loads, d). [s]
     came : distribution of the tokens that come meanwhile, over ``waiting``'s cells, shape (loads, d, n). [-]
-    after_token : of gaps between two tokens, those whose first step has so many waiting, shape (loads, n). [-]
+    come : the same during a step, whatever its length, shape (loads, n). [-]
+    after_token, after_prompt : of gaps between two tokens, and of those after a first token, the ones whose first step
+        has so many waiting, shape (loads, n). [-]
     gap_s, gap_square : mean gap and mean squared gap given that, shape (loads, n). [s], [s^2]
+    paused : chance that who decodes has no token from such a step, shape (loads, n). [-]
+    no_more : chance that no prompt waits after it, shape (loads, n). [-]
     echo : what a longer step adds to the next, by the prompts that come meanwhile, shape (loads,). [s/s]
     """
 
     room: Array
     decode_s: Array
-    sizes: Array
+    typical: float
+    ranks: int
     sizes_s: Array
     alone_s: Array
     waiting: Array
@@ -62,14 +69,63 @@ class PromptQueue:
     share: Array
     durations_s: Array
     came: Array
+    come: Array
     after_token: Array
+    after_prompt: Array
     gap_s: Array
     gap_square: Array
+    paused: Array
+    no_more: Array
     echo: Array
+
+    def came_during(self, step_s: Array, share: Array) -> Array:
+        """Prompt tokens that come during a step, at a place in their distribution, shape (loads, points). [tokens]"""
+        durations, cells = self.came.shape[1:]
+        low, high = self.durations_s[:, :1], self.durations_s[:, -1:]
+        place = (step_s - low) / np.maximum(high - low, 1e-300) * (durations - 1)
+        wanted = np.rint(place).astype(np.int64)
+        upto = (np.cumsum(self.came, axis=2) + np.arange(durations)[:, None]).reshape(len(low), -1)
+        found = [np.searchsorted(row, share * (1 - 1e-9) + at) for row, at in zip(upto, wanted, strict=True)]
+        cell = np.clip(np.array(found) - wanted * cells, 0, cells - 1)
+        return np.asarray(self.waiting[np.arange(len(low))[:, None], cell])
+
+    def computed(self, waiting: Array) -> Array:
+        """Prompt tokens that a step computes of those waiting, shape (loads, ...). [tokens]"""
+        return _computed(waiting, self.room, self.typical, self.ranks)
+
+    def gaps_s(self, start: NDArray[np.int64], share: Array, normal: Array) -> Array:
+        """Times between two tokens that begin with a step of the grid's place ``start``, shape (loads, points). [s]
+
+        A token comes from that step, or from a step of decodes right after it, or after more prompts: then lognormal
+        with the mean and the variance that are left for it.
+
+        Parameters
+        ----------
+        share, normal : where in these cases' chances, and in the lognormal distribution, a point stands, (points,).
+        """
+        rows = np.arange(len(start))[:, None]
+        if not self.paused.any():
+            return self.step_s[rows, start]
+        first_s, second_s = self.step_s, self.step_s + self.decode_s[:, None]
+        once, twice = 1.0 - self.paused, self.paused * self.no_more
+        more = np.maximum(1.0 - once - twice, 1e-12)
+        mean = np.maximum((self.gap_s - once * first_s - twice * second_s) / more, second_s)
+        square = (self.gap_square - once * first_s**2 - twice * second_s**2) / more
+        spread = np.sqrt(np.log(np.maximum(square / mean**2, 1.0)))
+        longer_s = mean[rows, start] * np.exp(spread[rows, start] * normal - spread[rows, start] ** 2 / 2)
+        late = share >= (once + twice)[rows, start]
+        return np.where(
+            late, longer_s, np.where(share < once[rows, start], first_s[rows, start], second_s[rows, start])
+        )
+
+    def prompt_step_s(self, tokens: Array) -> tuple[Array, Array]:
+        """A step with so many prompt tokens, beside decodes and without, shapes as given, (loads, m). [s]"""
+        beside, alone = _read(tokens, self.room, self.sizes_s, self.alone_s)
+        return beside, alone
 
 
 def prompt_queue(curve: Curve, workload: Workload, rates: Array, in_flight: Array, idle: Array) -> PromptQueue:
-    """Solve for each of ``rates`` [1/s], ``in_flight`` requests being there while any is, and ``idle`` the rest of time.
+    """Solve for each of ``rates`` [1/s], with ``in_flight`` requests while any is there, ``idle`` else.
 
     All of shape (loads,).
     """
@@ -80,32 +136,53 @@ def prompt_queue(curve: Curve, workload: Workload, rates: Array, in_flight: Arra
     sizes = np.exp(np.log(room)[:, None] * np.linspace(0.0, 1.0, _SIZES))
     beside = at["beside"] if curve.prompts_first else at["decoding"]
     beside = np.stack([beside, np.zeros_like(beside)])[:, :, None] + np.zeros_like(sizes)
-    fullest = np.broadcast_to(times.fullest(at["decoding"])[:, None], beside.shape)
-    both = (np.broadcast_to(sizes, beside.shape), np.broadcast_to(room[:, None], beside.shape))
-    flat = times.prompt_step_s(beside.ravel(), *(each.ravel() for each in both), fullest.ravel())
-    sizes_s, alone_s = np.maximum.accumulate(flat.reshape(beside.shape), axis=2)
+    tokens, rooms, fullest = (
+        np.broadcast_to(each, beside.shape).ravel()
+        for each in (sizes, room[:, None], times.fullest(at["decoding"])[:, None])
+    )
+    by_size = times.prompt_step_s(beside.ravel(), tokens, rooms, fullest).reshape(beside.shape)
+    sizes_s, alone_s = np.maximum.accumulate(by_size, axis=2)
     cell = _cell(rates, room, lengths, at["mixed_step_s"], sizes_s[:, -1])
     waiting, jumps = _on_grid(lengths, cell)
     # as many ranks work on prompts as have one
     typical = float((lengths**2).mean() / lengths.mean())
-    served = np.minimum(waiting, room[:, None] / dp * np.clip(waiting / typical, 1.0, dp))
-    step_s = read_rows(served, sizes, sizes_s)
+    served = _computed(waiting, room, typical, dp)
+    (step_s,) = _read(served, room, sizes_s)
     step_s[:, 0] = decode_s
     durations_s = np.linspace(step_s.min(axis=1), step_s.max(axis=1), _DURATIONS, axis=1)
     came = _compound_poisson(rates[:, None] * durations_s, jumps)
-    moves = _moves(durations_s, came, step_s, (waiting - served) / waiting[:, 1:2])
+    arrivals = _arrivals(durations_s, came, step_s)
+    moves = _moves(arrivals, (waiting - served) / waiting[:, 1:2])
     share = _stationary(moves, jumps, rates * idle / np.maximum(1.0 - idle, 1e-12), step_s)
     paused = np.zeros_like(waiting)
     if curve.prompts_first:  # of the ranks, those that have a prompt
         paused[:, 1:] = 1.0 - (1.0 - 1.0 / dp) ** np.maximum(served[:, 1:] / lengths.mean(), 1.0) if dp > 1 else 1.0
-    after_token = np.matmul((share * (1.0 - paused))[:, None], moves)[:, 0]
+    going_on = np.matmul((share * (1.0 - paused))[:, None], moves)[:, 0]
+    beginning = np.matmul((share * served)[:, None], moves)[:, 0]
     gap_s, gap_square = _gaps(moves, step_s, paused)
     return PromptQueue(
-        room=room, decode_s=decode_s, sizes=sizes, sizes_s=sizes_s, alone_s=alone_s, waiting=waiting, served=served,
-        step_s=step_s, share=share, durations_s=durations_s, came=came,
-        after_token=after_token / after_token.sum(axis=1, keepdims=True), gap_s=gap_s, gap_square=gap_square,
+        room=room, decode_s=decode_s, typical=typical, ranks=dp, sizes_s=sizes_s, alone_s=alone_s, waiting=waiting,
+        served=served, step_s=step_s, share=share, durations_s=durations_s, came=came,
+        come=np.matmul(share[:, None], arrivals)[:, 0],
+        after_token=going_on / going_on.sum(axis=1, keepdims=True),
+        after_prompt=beginning / beginning.sum(axis=1, keepdims=True), gap_s=gap_s, gap_square=gap_square,
+        paused=paused, no_more=moves[:, :, 0],
         echo=np.clip(rates * lengths.mean() * (sizes_s[:, -1] - decode_s) / room, 0.0, 0.95),
     )  # fmt: skip
+
+
+def _computed(waiting: Array, room: Array, typical: float, ranks: int) -> Array:
+    room = room[:, None]
+    return np.minimum(waiting, room if ranks == 1 else room / ranks * np.clip(waiting / typical, 1.0, ranks))
+
+
+def _read(tokens: Array, room: Array, *times_s: Array) -> tuple[Array, ...]:
+    """Tables of times by tokens, evenly spaced in their logarithm up to ``room``, read row by row."""
+    at = np.log(np.maximum(tokens, 1.0)) * ((_SIZES - 1) / np.log(room))[:, None]
+    lower = np.minimum(at.astype(np.int64), _SIZES - 2)
+    part = at - lower
+    flat = lower + np.arange(len(tokens))[:, None] * _SIZES
+    return tuple(each.ravel()[flat] * (1.0 - part) + each.ravel()[flat + 1] * part for each in times_s)
 
 
 def _cell(rates: Array, room: Array, lengths: Array, step_s: Array, full_step_s: Array) -> Array:
@@ -119,7 +196,7 @@ def _cell(rates: Array, room: Array, lengths: Array, step_s: Array, full_step_s:
     reach = come + _BACKLOGS * backlog * np.minimum(come / room, 1.0)
     wanted = reach / (_CELLS - 2)
     # whole cells in what a step holds, where that matters
-    return np.where(reach > room, room / np.maximum(np.floor(room / wanted), 1.0), wanted)
+    return np.asarray(np.where(reach > room, room / np.maximum(np.floor(room / wanted), 1.0), wanted))
 
 
 def _on_grid(lengths: Array, cell: Array) -> tuple[Array, Array]:
@@ -132,9 +209,9 @@ def _on_grid(lengths: Array, cell: Array) -> tuple[Array, Array]:
     part = position - lower
     row = np.arange(len(cell))[:, None] * _CELLS
     size = len(cell) * _CELLS
-    jumps = np.bincount((row + lower).ravel(), weights=(1.0 - part).ravel(), minlength=size)
-    jumps += np.bincount((row + lower + 1).ravel(), weights=part.ravel(), minlength=size)
-    jumps = jumps.reshape(-1, _CELLS) / lengths.size
+    below = np.bincount((row + lower).ravel(), weights=(1.0 - part).ravel(), minlength=size)
+    above = np.bincount((row + lower + 1).ravel(), weights=part.ravel(), minlength=size)
+    jumps = np.asarray((below + above).reshape(-1, _CELLS) / lengths.size, dtype=np.float64)
     return _CELL * (lengths.mean() / (jumps @ _CELL))[:, None], jumps
 
 
@@ -150,27 +227,31 @@ def _compound_poisson(counts: Array, jumps: Array) -> Array:
     whole = np.fft.irfft(np.exp(counts[:, :, None] * (spectrum - 1.0)), 2 * _CELLS, axis=2)
     found = np.maximum(whole[:, :, :_CELLS], 0.0)
     found[:, :, -1] += np.maximum(1.0 - found.sum(axis=2), 0.0)
-    return found / found.sum(axis=2, keepdims=True)
+    return np.asarray(found / found.sum(axis=2, keepdims=True))
 
 
-def _moves(durations_s: Array, came: Array, step_s: Array, left: Array) -> Array:
-    """Chances to go from one number of waiting tokens to another in a step, shape (loads, n, n). [-]
-
-    ``left``: what a step leaves. [cells]
-    """
+def _arrivals(durations_s: Array, came: Array, step_s: Array) -> Array:
+    """Distributions of the tokens that come during steps, between those tabulated, shape (loads, n, n). [-]"""
     loads = np.arange(len(step_s))[:, None]
     width = np.maximum(durations_s[:, 1] - durations_s[:, 0], 1e-300)[:, None]
     at = np.clip((step_s - durations_s[:, :1]) / width, 0.0, _DURATIONS - 1.0)
     lower = np.minimum(at.astype(np.int64), _DURATIONS - 2)
     part = (at - lower)[:, :, None]
-    arrivals = came[loads, lower] * (1.0 - part) + came[loads, lower + 1] * part
+    return np.asarray(came[loads, lower] * (1.0 - part) + came[loads, lower + 1] * part)
+
+
+def _moves(arrivals: Array, left: Array) -> Array:
+    """Chances to go from one number of waiting tokens to another in a step, shape (loads, n, n). [-]
+
+    ``left``: what a step leaves, shape (loads, n). [cells]
+    """
     if not left.any():
         return arrivals
     whole = np.floor(left + 1e-9).astype(np.int64)
     part = np.maximum(left - whole, 0.0)[:, :, None]
     moved = (1.0 - part) * _shifted(arrivals, whole) + part * _shifted(arrivals, whole + 1)
     moved[:, :, -1] += np.maximum(1.0 - moved.sum(axis=2), 0.0)
-    return moved
+    return np.asarray(moved)
 
 
 def _shifted(rows: Array, by: NDArray[np.int64]) -> Array:
@@ -202,4 +283,4 @@ def _gaps(moves: Array, step_s: Array, paused: Array) -> tuple[Array, Array]:
     system = np.eye(_CELLS) - on
     mean = np.linalg.solve(system, step_s[:, :, None])
     square = np.linalg.solve(system, step_s[:, :, None] ** 2 + 2.0 * step_s[:, :, None] * np.matmul(on, mean))
-    return mean[:, :, 0], square[:, :, 0]
+    return np.asarray(mean[:, :, 0]), np.asarray(square[:, :, 0])

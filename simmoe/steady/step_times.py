@@ -114,7 +114,7 @@ class StepTimes:
         return self._mixed_s(rows, cohort, sampled, attended, beside, (slowest, pairs, self.dp * behind))
 
     def own_prompt_s(self, length: Array, full: Array, last: Array, room: Array) -> Array:
-        """What a prompt of its own ``length`` attends to beyond what `prompt_step_s` took for the tokens of its steps. [s]
+        """What a prompt of its own ``length`` attends to beyond what `prompt_step_s` takes for its steps' tokens. [s]
 
         ``full`` steps that hold no more than ``room``, then one with ``last`` prompt tokens.
         """

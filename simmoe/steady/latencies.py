@@ -1,0 +1,106 @@
+"""Latencies of an open loop's requests at fixed points, each a request with what it brings and what it meets.
+
+A point has lengths of its own, meets a number in the system, a step under way, and others' prompts
+(`simmoe.steady.prompt_queue`). Rows are loads.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simmoe.specs.workload import Workload
+from simmoe.steady.load_curve import Curve
+from simmoe.steady.points import drawn, normals, outputs_at, prompts_at, shares
+from simmoe.steady.prompt_queue import PromptQueue
+
+Array = NDArray[np.float64]
+Numbers = NDArray[np.int64]
+
+#: Coordinates of `points.shares`.
+_PROMPT, NUMBER, _STEP, _MOMENT, _CAME, _AHEAD, OUTPUT, TOKEN, _GAP = range(9)
+
+
+def time_to_first_token(curve: Curve, workload: Workload, rates: Array, number: Numbers, queue: PromptQueue) -> Array:
+    """Time to first token at every point, shape (loads, points). [s]
+
+    The rest of the running step (long steps are met more often) and the one decided ahead, if the engine does so, then
+    steps that the prompts before fill, and the one that ends the prompt, with those that came in the same step as far
+    as it has room. With asynchronous scheduling the step after the one that an arrival meets is decided already, so a
+    newcomer waits for it too, unless the engine is idle.
+    """
+    times, dp, share = curve.times, curve.times.dp, shares()
+    length, room = prompts_at(workload, _PROMPT), queue.room[:, None]
+    slower_s = _slower(curve, queue, number)
+    rows = np.arange(len(rates))[:, None]
+
+    met = drawn(queue.share * queue.step_s, _STEP)
+    met_s = queue.step_s[rows, met]
+    rest_s = met_s * (1.0 - share[_MOMENT])
+    left = (queue.waiting - queue.served)[rows, met]
+    came = queue.came_during(met_s, share[_CAME])
+    steps = np.where(met == 0, 1.0, 0.0) if curve.prompts_first else np.ones_like(rest_s)
+    if curve.steps_ahead:
+        left = left + queue.waiting[rows, drawn(queue.come, _AHEAD)]
+        computed = queue.computed(left)
+        rest_s = rest_s + np.where(left > 0, queue.prompt_step_s(computed)[0], queue.decode_s[:, None])
+        steps = steps + (np.where(left > 0, 0.0, 1.0) if curve.prompts_first else 1.0)
+        left = left - computed
+    idle = number == 0
+    before = np.where(idle, 0.0, left + came * share[_MOMENT])
+    behind = np.where(idle, 0.0, came * (1.0 - share[_MOMENT]))
+    each, others = room / dp, before * (1.0 - 1.0 / dp)  # room of one rank, prompts of others
+    full = np.ceil((before / dp + length) / each - 1e-9) - 1.0
+    full_s, full_alone_s = queue.prompt_step_s(np.minimum(each + others, room) if dp > 1 else room)
+    last = before / dp + length - full * each + others
+    last = np.minimum(last + behind + full * rates[:, None] * full_s * workload.input.mean, room)
+    last_s, last_alone_s = queue.prompt_step_s(last)
+    beside_s = full * full_s + last_s
+    if not curve.prompts_first:
+        steps = steps + full + 1.0
+    own_s = times.own_prompt_s(length, full, last, room)
+    return np.where(idle, full * full_alone_s + last_alone_s, rest_s + slower_s * steps + beside_s) + own_s
+
+
+def _slower(curve: Curve, queue: PromptQueue, number: Numbers) -> Array:
+    """How much longer a decode step takes with a number in the system than at the queue's mean, (loads, points). [s]"""
+    numbers = np.maximum(np.arange(number.max() + 1, dtype=np.float64), 1.0)
+    return np.asarray(np.interp(numbers, curve.in_flight, curve.decode_step_s)[number] - queue.decode_s[:, None])
+
+
+def time_per_output_token(
+    curve: Curve, workload: Workload, running: Array, number: Numbers, queue: PromptQueue
+) -> Array:
+    """Time per output token at every point, shape (loads, points). [s]
+
+    The number running averages out over a request's stay: where all take S, its autocovariance falls linearly to 0
+    over S (M/D/inf), and of its variance 1 - s / 3 S is left in the average over s. Prompts that others bring in its
+    steps come and go within a few steps; over n gaps their time is taken as gamma distributed.
+    """
+    output = np.maximum(outputs_at(workload, OUTPUT), 2.0)
+    stay = output / workload.output.mean
+    kept = np.where(stay < 1.0, 1.0 - stay / 3.0, (1.0 - 1.0 / (3.0 * stay)) / stay)
+    seen = np.maximum(running[:, None] + np.sqrt(kept) * (number - running[:, None]), 1.0)
+    state_s = np.interp(seen, curve.in_flight, curve.tpot_s)
+
+    first_s = queue.decode_s[:, None]
+    longer = (queue.after_token * (queue.gap_s - first_s)).sum(axis=1)
+    square = (queue.after_token * (queue.gap_square - 2 * queue.gap_s * first_s + first_s**2)).sum(axis=1)
+    variance = np.maximum(square - longer**2, 0.0)
+    if not curve.prompts_first:  # a long step brings another
+        variance = variance * (1.0 + queue.echo) / (1.0 - queue.echo)
+    per_token = curve.decode_steps / max(workload.output.mean - 1.0, 1e-9)
+    gaps = np.maximum((output - 1.0) * per_token, 1.0)
+    shape = np.maximum(gaps * (longer**2 / np.maximum(variance, 1e-300))[:, None], 1e-9)
+    # Wilson and Hilferty, "The distribution of chi-square", PNAS 17 (1931)
+    gamma = np.maximum(1.0 - 1.0 / (9.0 * shape) + normals(_GAP) / (3.0 * np.sqrt(shape)), 0.0) ** 3
+    least_s = float(curve.decode_step_s[0]) * per_token
+    return np.asarray(np.maximum(state_s + longer[:, None] * (gamma - 1.0) * per_token, least_s))
+
+
+def time_between_tokens(curve: Curve, number: Numbers, queue: PromptQueue) -> tuple[Array, Array]:
+    """Time between two tokens at every point and its mean, shapes (loads, points), (loads,). [s]"""
+    begin = queue.after_token + (queue.after_prompt - queue.after_token) / max(curve.decode_steps, 1.0)
+    slower_s = _slower(curve, queue, number)
+    gaps_s = queue.gaps_s(drawn(begin, TOKEN), shares()[_GAP], normals(_PROMPT))
+    return gaps_s + slower_s, (begin * queue.gap_s).sum(axis=1) + slower_s.mean(axis=1)
