@@ -30,11 +30,12 @@ def time_to_first_token(curve: Curve, workload: Workload, rates: Array, number: 
     newcomer waits for it too, unless the engine is idle.
     """
     times, dp, share = curve.times, curve.times.dp, shares()
-    length, room = prompts_at(workload, _PROMPT), queue.room[:, None]
+    idle = number == 0
+    length, room = prompts_at(workload, _PROMPT), np.where(idle, curve.token_budget, queue.room[:, None])
     slower_s = _slower(curve, queue, number)
     rows = np.arange(len(rates))[:, None]
 
-    met = drawn(queue.share * queue.step_s, _STEP)
+    met = drawn(queue.met, _STEP)
     met_s = queue.step_s[rows, met]
     rest_s = met_s * (1.0 - share[_MOMENT])
     left = (queue.waiting - queue.served)[rows, met]
@@ -46,12 +47,11 @@ def time_to_first_token(curve: Curve, workload: Workload, rates: Array, number: 
         rest_s = rest_s + np.where(left > 0, queue.prompt_step_s(computed)[0], queue.decode_s[:, None])
         steps = steps + (np.where(left > 0, 0.0, 1.0) if curve.prompts_first else 1.0)
         left = left - computed
-    idle = number == 0
     before = np.where(idle, 0.0, left + came * share[_MOMENT])
     behind = np.where(idle, 0.0, came * (1.0 - share[_MOMENT]))
     each, others = room / dp, before * (1.0 - 1.0 / dp)  # room of one rank, prompts of others
     full = np.ceil((before / dp + length) / each - 1e-9) - 1.0
-    full_s, full_alone_s = queue.prompt_step_s(np.minimum(each + others, room) if dp > 1 else room)
+    full_s, full_alone_s = queue.prompt_step_s(np.minimum(each + others, room))
     last = before / dp + length - full * each + others
     last = np.minimum(last + behind + full * rates[:, None] * full_s * workload.input.mean, room)
     last_s, last_alone_s = queue.prompt_step_s(last)

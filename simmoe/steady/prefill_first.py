@@ -86,7 +86,7 @@ def prefill_first(load: Load, workload: Workload) -> dict[str, Array]:
         long_share = np.minimum(share / (1.0 - share * waiting), 1.0)
         long_gap = decode_step + np.maximum(gap - decode_step, 0.0) / long_share
     alone = float(times.decode_s(np.ones(1))[0])
-    return {
+    columns = {
         "in_flight": in_flight,
         "requests_per_s": throughput,
         "step_s": step,
@@ -103,6 +103,29 @@ def prefill_first(load: Load, workload: Workload) -> dict[str, Array]:
         "chunk": prompts * input_tokens,
         "beside": beside,
     }
+    if in_step or in_flight[0] <= 1.0:
+        return columns
+    # one request at a time meets nobody's prompt
+    one = np.ones(1)
+    own_step = float(times.mixed_s(0.0 * one, fewest * input_tokens * one, one)[0])
+    own_s = pieces * own_step
+    total_s = own_s + steps * alone
+    first = {
+        "in_flight": 1.0,
+        "requests_per_s": 1.0 / total_s,
+        "step_s": total_s / (pieces + steps),
+        "decode_step_s": alone,
+        "mixed_step_s": own_step,
+        "seen_s": alone,
+        "mixed_share": pieces / (pieces + steps),
+        "long_gap_s": alone,
+        "long_gap_share": 0.0,
+        "decoding": steps * alone / total_s,
+        "prefill_s": own_s,
+        "prompt_s": max(own_step - alone, 0.0),
+        "beside": 0.0,
+    }
+    return {name: np.append(first.get(name, column[0]), column) for name, column in columns.items()}
 
 
 def _share(ending: Array, prompts: Array, waiting: Array) -> Array:

@@ -42,10 +42,11 @@ class PromptQueue:
     ranks : data-parallel ranks.
     sizes_s, alone_s : a step with 1 to ``room`` prompt tokens, evenly spaced in their logarithm, and the same without
         decodes, shape (loads, m). [s]
+    full_s, full_alone_s : a step without room left, and the same without decodes, shape (loads,). [s]
     waiting : prompt tokens waiting when a step begins, shape (loads, n). [tokens]
     served : those it computes, shape (loads, n). [tokens]
     step_s : its time, shape (loads, n). [s]
-    share : of steps, shape (loads, n). [-]
+    met : chance that who comes to a busy engine meets such a step, shape (loads, n). [-]
     durations_s : lengths of step for which ``came`` is tabulated, shape (loads, d). [s]
     came : distribution of the tokens that come meanwhile, over ``waiting``'s cells, shape (loads, d, n). [-]
     come : the same during a step, whatever its length, shape (loads, n). [-]
@@ -63,10 +64,12 @@ class PromptQueue:
     ranks: int
     sizes_s: Array
     alone_s: Array
+    full_s: Array
+    full_alone_s: Array
     waiting: Array
     served: Array
     step_s: Array
-    share: Array
+    met: Array
     durations_s: Array
     came: Array
     come: Array
@@ -120,8 +123,9 @@ class PromptQueue:
 
     def prompt_step_s(self, tokens: Array) -> tuple[Array, Array]:
         """A step with so many prompt tokens, beside decodes and without, shapes as given, (loads, m). [s]"""
-        beside, alone = _read(tokens, self.room, self.sizes_s, self.alone_s)
-        return beside, alone
+        beside_s, alone_s = _read(tokens, self.room, self.sizes_s, self.alone_s)
+        full = tokens >= self.room[:, None]
+        return np.where(full, self.full_s[:, None], beside_s), np.where(full, self.full_alone_s[:, None], alone_s)
 
 
 def prompt_queue(curve: Curve, workload: Workload, rates: Array, in_flight: Array, idle: Array) -> PromptQueue:
@@ -134,40 +138,48 @@ def prompt_queue(curve: Curve, workload: Workload, rates: Array, in_flight: Arra
     lengths = prompts_at(workload, 0)
     room, decode_s = at["room"], at["decode_step_s"]
     sizes = np.exp(np.log(room)[:, None] * np.linspace(0.0, 1.0, _SIZES))
+    fullest = times.fullest(at["decoding"])[:, None]
     beside = at["beside"] if curve.prompts_first else at["decoding"]
-    beside = np.stack([beside, np.zeros_like(beside)])[:, :, None] + np.zeros_like(sizes)
-    tokens, rooms, fullest = (
-        np.broadcast_to(each, beside.shape).ravel()
-        for each in (sizes, room[:, None], times.fullest(at["decoding"])[:, None])
-    )
-    by_size = times.prompt_step_s(beside.ravel(), tokens, rooms, fullest).reshape(beside.shape)
-    sizes_s, alone_s = np.maximum.accumulate(by_size, axis=2)
-    cell = _cell(rates, room, lengths, at["mixed_step_s"], sizes_s[:, -1])
+    # the last column is a step that is full, whose prompts may have begun before and go on after
+    tokens = np.concatenate([sizes, room[:, None]], axis=1)
+    full_at = np.concatenate([np.full_like(sizes, np.inf), room[:, None]], axis=1)
+    beside = np.stack([beside, np.zeros_like(beside)])[:, :, None] + np.zeros_like(tokens)
+    flat = (np.broadcast_to(each, beside.shape).ravel() for each in (tokens, full_at, fullest))
+    by_size = times.prompt_step_s(beside.ravel(), *flat).reshape(beside.shape)
+    sizes_s, alone_s = np.maximum.accumulate(by_size[:, :, :-1], axis=2)
+    full_s, full_alone_s = by_size[:, :, -1]
+    cell = _cell(rates, room, lengths, at["mixed_step_s"], full_s)
     waiting, jumps = _on_grid(lengths, cell)
     # as many ranks work on prompts as have one
     typical = float((lengths**2).mean() / lengths.mean())
     served = _computed(waiting, room, typical, dp)
-    (step_s,) = _read(served, room, sizes_s)
+    step_s = np.where(served >= room[:, None], full_s[:, None], _read(served, room, sizes_s)[0])
     step_s[:, 0] = decode_s
     durations_s = np.linspace(step_s.min(axis=1), step_s.max(axis=1), _DURATIONS, axis=1)
     came = _compound_poisson(rates[:, None] * durations_s, jumps)
     arrivals = _arrivals(durations_s, came, step_s)
     moves = _moves(arrivals, (waiting - served) / waiting[:, 1:2])
-    share = _stationary(moves, jumps, rates * idle / np.maximum(1.0 - idle, 1e-12), step_s)
+    # who decodes does not meet the prompts that start an idle engine
+    share = _stationary(moves)
+    anew = np.minimum((rates * idle / np.maximum(1.0 - idle, 1e-12))[:, None] * step_s, 1.0)[:, :, None]
+    met = _stationary(moves * (1.0 - anew) + anew * jumps[:, None]) * step_s
     paused = np.zeros_like(waiting)
     if curve.prompts_first:  # of the ranks, those that have a prompt
         paused[:, 1:] = 1.0 - (1.0 - 1.0 / dp) ** np.maximum(served[:, 1:] / lengths.mean(), 1.0) if dp > 1 else 1.0
     going_on = np.matmul((share * (1.0 - paused))[:, None], moves)[:, 0]
-    beginning = np.matmul((share * served)[:, None], moves)[:, 0]
+    # where tokens are left the last prompt is not finished
+    ended = served - np.where(served < waiting, np.minimum(served, typical), 0.0)
+    beginning = np.matmul((share * ended)[:, None], moves)[:, 0]
     gap_s, gap_square = _gaps(moves, step_s, paused)
     return PromptQueue(
-        room=room, decode_s=decode_s, typical=typical, ranks=dp, sizes_s=sizes_s, alone_s=alone_s, waiting=waiting,
-        served=served, step_s=step_s, share=share, durations_s=durations_s, came=came,
+        room=room, decode_s=decode_s, typical=typical, ranks=dp, sizes_s=sizes_s, alone_s=alone_s, full_s=full_s,
+        full_alone_s=full_alone_s, waiting=waiting, served=served, step_s=step_s,
+        met=met / met.sum(axis=1, keepdims=True), durations_s=durations_s, came=came,
         come=np.matmul(share[:, None], arrivals)[:, 0],
         after_token=going_on / going_on.sum(axis=1, keepdims=True),
-        after_prompt=beginning / beginning.sum(axis=1, keepdims=True), gap_s=gap_s, gap_square=gap_square,
-        paused=paused, no_more=moves[:, :, 0],
-        echo=np.clip(rates * lengths.mean() * (sizes_s[:, -1] - decode_s) / room, 0.0, 0.95),
+        after_prompt=beginning / np.maximum(beginning.sum(axis=1, keepdims=True), 1e-300),
+        gap_s=gap_s, gap_square=gap_square, paused=paused, no_more=moves[:, :, 0],
+        echo=np.clip(rates * lengths.mean() * (full_s - decode_s) / room, 0.0, 0.95),
     )  # fmt: skip
 
 
@@ -260,10 +272,8 @@ def _shifted(rows: Array, by: NDArray[np.int64]) -> Array:
     return np.where(source >= 0, np.take_along_axis(rows, np.maximum(source, 0), axis=2), 0.0)
 
 
-def _stationary(moves: Array, jumps: Array, restarts: Array, step_s: Array) -> Array:
-    """Share of steps by waiting tokens, (loads, n). ``restarts``: how often one comes to an idle engine. [1/s busy]"""
-    anew = np.minimum(restarts[:, None] * step_s, 1.0)[:, :, None]
-    moves = moves * (1.0 - anew) + anew * jumps[:, None]
+def _stationary(moves: Array) -> Array:
+    """Stationary distributions of Markov chains, (loads, n, n) -> (loads, n). [-]"""
     system = np.swapaxes(moves, 1, 2) - np.eye(_CELLS)
     system[:, -1] = 1.0
     right = np.zeros((len(moves), _CELLS, 1))
