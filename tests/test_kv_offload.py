@@ -14,7 +14,7 @@ from simmoe.engine.step import StepTable
 from simmoe.sim.arrivals import Recorded
 from simmoe.sim.cluster import simulate
 from simmoe.sim.kv_cache import BlockPool
-from simmoe.sim.offload_books import WARNING_ENTRIES, Bookkeeping, OffloadBooks
+from simmoe.sim.offload_books import POOL_GROWTH, WARNING_ENTRIES, Bookkeeping, OffloadBooks
 from simmoe.sim.policies import vllm
 from simmoe.sim.request import Request
 from simmoe.sim.scheduler import Scheduler
@@ -98,17 +98,17 @@ def table() -> StepTable:
     return StepTable(np.full(4097, 0.01), np.full(4129, 0.0), np.zeros(SEATS + 1), np.zeros(SEATS + 1), 0.0, 0.0, 0.0)
 
 
-def end_of_run(blocks: int, *, entry_s: float = 1e-6, ahead: int = 1) -> float:
+def end_of_run(blocks: int, *, entry_s: float = 1e-6, ahead: int = 1, output: int = 640, block: int = BLOCK) -> float:
     result = simulate(
         replace(table(), steps_ahead=ahead),
-        Workload(rate=1.0, input=Lengths(mean=64), output=Lengths(mean=640)),
-        Deployment(gpus=1, tp=1, max_num_seqs=SEATS, max_num_batched_tokens=4096, kv_block_size=BLOCK),
+        Workload(rate=1.0, input=Lengths(mean=64), output=Lengths(mean=output)),
+        Deployment(gpus=1, tp=1, max_num_seqs=SEATS, max_num_batched_tokens=4096, kv_block_size=block),
         60_000,
         requests=SEATS,
         warmup=0.0,
         keep_load=False,
         bookkeeping=Bookkeeping(blocks=blocks, entry_s=entry_s) if blocks else None,
-        recorded=Recorded([to_ticks(0.001 * i) for i in range(SEATS)], [(64, 640, ())] * SEATS),
+        recorded=Recorded([to_ticks(0.001 * i) for i in range(SEATS)], [(64, output, ())] * SEATS),
     )
     return float(result.requests.finished_s.max())
 
@@ -126,3 +126,19 @@ def test_pool_smaller_than_what_runs_makes_steps_as_long_as_its_walks() -> None:
 def test_books_are_added_to_the_device_where_steps_are_not_scheduled_ahead() -> None:
     extra = end_of_run(1_000, entry_s=1e-7, ahead=0) - end_of_run(0, ahead=0)
     assert 0.2 * 640 * 0.004 < extra < 0.4 * 640 * 0.004
+
+
+def entry_of_refused_steps(blocks: int) -> float:
+    """Host time of an entry where every request is refused in every step, from what 160 more of them take. [s]"""
+    entry_s = 3e-6
+    steps = [end_of_run(blocks, entry_s=entry_s, output=output, block=1) for output in (480, 640)]
+    return ((steps[1] - steps[0]) / (160 * SEATS) - WARNING_ENTRIES * entry_s) / blocks
+
+
+def test_an_entry_of_a_larger_pool_takes_longer_by_its_growth_and_the_run_with_it() -> None:
+    """Blocks of one token: 2,048 are full when the prompts are in, 8,192 after 192 tokens of each answer."""
+    small, medium, large = (entry_of_refused_steps(blocks) for blocks in (512, 2_048, 8_192))
+    assert small == pytest.approx(3e-6, rel=1e-3)
+    assert medium / small == pytest.approx(2**POOL_GROWTH, rel=1e-3)
+    assert large / medium == pytest.approx(4**POOL_GROWTH, rel=1e-3)
+    assert 4**0.16 < large / medium < 4**0.53  # walks left alone, and beside other work
