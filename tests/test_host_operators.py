@@ -197,6 +197,19 @@ def test_a_step_on_a_cpu_counts_measured_glue_instead_of_small_kernels():
     assert not any("bfloat16" in note for note in engine.times.notes)
 
 
+def test_an_engine_of_gpus_hides_nothing_under_a_cpu_s_experts_and_brings_none_of_its_kernels():
+    model, batch = load_model("simmoe-live-48e"), Batch(decode_requests=8, decode_context_tokens=8 * 128)
+    plain, engine = (
+        Engine(CPU, model, Deployment(weight_precision="float32", kv_precision="float32", engine=name))
+        for name in ("generic", "vllm")
+    )
+    assert engine.parameters.shared_beside_tokens > 8
+    step = engine.step(batch)
+    assert step.shared_experts_s == plain.step(batch).shared_experts_s > 0
+    assert step.routed_experts_s == plain.step(batch).routed_experts_s
+    assert not any(note.startswith("moe:") for note in engine.times.notes)
+
+
 def test_fitting_without_scipy_says_what_to_install(monkeypatch):
     import sys
 

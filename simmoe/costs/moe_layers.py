@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from simmoe.costs import offload, padding
 from simmoe.costs.operators import experts, experts_deepgemm, tuned_tiles
 from simmoe.costs.operators.base import Features
+from simmoe.costs.operators.host import is_host
 from simmoe.costs.precision import Precision
 from simmoe.costs.timing import KernelTimes
 from simmoe.costs.token_exchange import TokenExchange
@@ -201,6 +202,8 @@ class MoeLayers:
             quick = self.exchange.low_latency(np.maximum(local / d.tp_size, 1.0))
             few, many = timed["generation"], timed["context"]
             return np.where(quick, few[0], many[0]), np.where(quick, few[1], many[1])
+        if is_host(self.times.hardware):  # none of the engines' kernels
+            return self.times.seconds(experts.MOE, features, cold=True, dtype=p.dtype)
         source = experts.preferred_kernel(d.engine, p.dtype, expert_parallel=d.ep > 1)
         asked = {"dtype": p.dtype, "kernel_source": source} if source else {"dtype": p.dtype}
         fit = self.times.choose(experts.MOE, asked)

@@ -22,6 +22,7 @@ from simmoe.costs import overlap, pipeline
 from simmoe.costs.attention_layers import AttentionLayers
 from simmoe.costs.layout import active_and_pool
 from simmoe.costs.moe_layers import MoeLayers
+from simmoe.costs.operators.host import is_host
 from simmoe.costs.precision import on_device, precision_of
 from simmoe.costs.speculation import Drafts, drafter
 from simmoe.costs.timing import KernelTimes, kernel_times
@@ -157,7 +158,8 @@ class Engine:
             name: value if name == "routed_experts" and self._experts_tuned else value * slow
             for name, value in parts.items()
         }
-        if self.parameters.shared_beside_tokens and "shared_experts" in parts:
+        streams = not is_host(self.hardware)
+        if streams and self.parameters.shared_beside_tokens and "shared_experts" in parts:
             beside = overlap.beside_routed_experts(parts)
             parts["shared_experts"] = np.where(
                 local <= self.parameters.shared_beside_tokens, beside, parts["shared_experts"]
