@@ -157,8 +157,8 @@ class Play:
         clock = self.env
         upcoming = next(self._arrivals, None)
         while not clock.over:
-            if upcoming is not None and replica.run_decodes(upcoming):
-                upcoming = self._arrivals_until(clock.now, upcoming)
+            if upcoming is not None:
+                upcoming = replica.go_plainly(upcoming, self._arrivals_until)
                 if clock.over:
                     break
             end = replica.begin_knowing(clock.now, upcoming)

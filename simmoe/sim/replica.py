@@ -27,8 +27,8 @@ from collections.abc import Callable
 import simpy
 
 from simmoe.sim.clock import At, Clock
-from simmoe.sim.decode_run import run_decodes
 from simmoe.sim.offload_books import Bookkeeping, OffloadBooks
+from simmoe.sim.plain_run import Come, PlainRun
 from simmoe.sim.recorder import Recorder
 from simmoe.sim.request import Request
 from simmoe.sim.scheduler import Scheduler
@@ -77,9 +77,6 @@ class Replica:
         self._bookkeeping = bookkeeping
         self._books: list[OffloadBooks] = []
         self._open_books()
-        self._ahead = steps_ahead
-        self._plain = self._single if bookkeeping is None and ranks[0].width == 1 else None
-        """The rank, if `run_decodes` knows all that a window of its decodes takes."""
         self._plan = self._form if bookkeeping is None and not steps_ahead else self._plan_with_host
         """Forms the next batch; whether there is one."""
         self._alone = replicas == 1
@@ -88,6 +85,10 @@ class Replica:
         self._table = table
         self._recorder = recorder
         self._finished = finished
+        self._plain = None
+        if self._single is not None and self._single.width == 1 and bookkeeping is None:
+            unseen = None if self._unseen is None else self._unseen[0]
+            self._plain = PlainRun(self._single, table, clock, recorder, first_rank, finished, unseen)
         self._awaited: simpy.Event | None = None
         """The one event that moves this replica on; any other of its events was overtaken by an arrival."""
         self._stepping = False
@@ -196,25 +197,15 @@ class Replica:
         ticks = window_ticks(self._first, self._growth, self._steps)
         self._awaited = At(self.clock, ticks, self._end_priority, self._end)
 
-    def run_decodes(self, arrival: int) -> bool:
-        """Without events: do all windows of decodes alone that the next ``arrival`` leaves; whether there were any."""
-        s = self._plain
-        if s is None or not s.decoding or s.waiting or s.partial or s.paused or (self._unseen and self._unseen[0]):
-            return False
-        last = run_decodes(
-            s,
-            self._table,
-            self.clock,
-            arrival,
-            ahead=self._ahead,
-            rank=self.first_rank,
-            recorder=self._recorder,
-            finished=self._finished,
-        )
-        if last is None:
-            return False
-        self._start, self._steps, self._first, self._growth = last
-        return True
+    def go_plainly(self, arrival: int, come: Come) -> int | None:
+        """Without events: do the steps that take no decision; return when the next request comes, see `PlainRun.go`."""
+        plain = self._plain
+        if plain is None:
+            return arrival
+        plain.window = self._start, self._steps, self._first, self._growth
+        after = plain.go(arrival, come)
+        self._start, self._steps, self._first, self._growth = plain.window
+        return after
 
     def begin_knowing(self, now: int, arrival: int | None) -> int | None:
         """Without events: form the next batch and return when its steps end; None if there is nothing to do.

@@ -227,16 +227,20 @@ class Scheduler:
             if request.swapped:
                 self.host.swap_in(self.pool.blocks_of(request.swapped))
                 request.swapped = 0
-        if request.admitted < 0:
-            request.admitted = now
         self.pool.take(blocks + reserved)
         request.reserved = reserved
+        request.cached = cached
+        self.enter(request, now)
+        self.chunks.append((request, new, cached))
+
+    def enter(self, request: Request, now: int) -> None:
+        """Count a request among those running."""
+        if request.admitted < 0:
+            request.admitted = now
         self.running[request] = None
         self.final_tokens += request.input_tokens + request.output_tokens - 1
         request.final_blocks = final = self.most_blocks(request)
         self.final_blocks += final
-        request.cached = cached
-        self.chunks.append((request, new, cached))
 
     def preempt_newest(self, now: int) -> None:
         """Take the newest request off the batch and its blocks back; it returns to the head of the queue."""
@@ -349,7 +353,7 @@ class Scheduler:
             else:
                 if request is self.partial:
                     self.partial = None
-                self._prompt_done(request, now, finished)
+                self.prompt_done(request, now, finished)
         return finished
 
     def end_decoding(self) -> list[Request]:
@@ -365,7 +369,7 @@ class Scheduler:
                 finished.append(request)
         return finished
 
-    def _prompt_done(self, request: Request, now: int, finished: list[Request]) -> None:
+    def prompt_done(self, request: Request, now: int, finished: list[Request]) -> None:
         """A request's prompt is computed: a token is sampled, and it decodes on unless that was the last."""
         if request.first_token < 0:
             request.first_token = now
