@@ -48,104 +48,103 @@ class PlainRun:
 
         The clock then stands at the last one's end, and who came until then is queued.
         """
-        s, clock, unseen, record, rank = self.s, self.clock, self.unseen, self.recorder.window, self.rank
-        if s.partial or s.paused:
+        s, clock, unseen, waiting = self.s, self.clock, self.unseen, self.s.waiting
+        if s.partial or s.paused or not (waiting or s.decoding):
             return arrival
         s.forget_plan()
-        pool, waiting, ends, due, period = s.pool, s.waiting, s.ends, s.pool.due, s.pool.period
+        pool, due, period = s.pool, s.pool.due, s.pool.period
         decode, per_context = self.table.decode, self.table.per_context
+        ends, most, rank, record = s.ends, s.max_num_seqs, self.rank, self.recorder.window
+        now, step, window = clock.now, s.step, self.window
         while arrival is not None and not clock.over:
-            now, step, decoding = clock.now, s.step, s.decoding
-            if unseen and self.window[1] > 1:
-                self._see_early()
+            if unseen and window[1] > 1:
+                self._see_early(window)
+            decoding = s.decoding
             joined: list[Request] = []
-            steps, growth, tokens, blocks, cut = 1, 0, 0, 0, False
             if waiting:
                 joined = list(waiting)
-                tokens, blocks = self._whole(joined)
-                if not tokens:
+                first = self._join(joined, now)
+                if not first:
                     break
-                first = self._with_prompts(joined, tokens)
-                end = now + first
+                waiting.clear()
+                steps, growth, end = 1, 0, now + first
             elif decoding:
                 slope = per_context[decoding]
                 first, growth = decode[decoding] + slope * s.context, slope * decoding
-                seats = decoding < s.max_num_seqs
-                if not (unseen and seats):
-                    steps = ends[0] - step
+                steps = 1 if unseen and decoding < most else ends[0] - step
                 end = now + steps * first + growth * (steps * (steps - 1) // 2)
-                if end >= arrival and seats and steps > 1:
+                if end >= arrival and decoding < most and steps > 1:
                     until, ticks = boundary(first, growth, arrival - now)
                     if unseen is not None:  # the next step is decided, too
                         ticks += first + growth * until
                         until += 1
                     if until < steps:
-                        steps, end, cut = until, now + ticks, True
+                        steps, end = until, now + ticks
+                at = step % period
+                need = steps // period * decoding + sum(due[at : at + steps % period])
+                free = pool.free - need
+                if free < 0:
+                    break
+                pool.free = free
+                s.blocks_held = held = pool.total - free - need / 2
+                record(rank, now, steps, first, growth, decoding, 0, 0, decoding, held)
             else:
                 break
-            at = step % period
-            need = steps // period * decoding + sum(due[at : at + steps % period])
-            free = pool.free - need - blocks
-            if free < 0:
-                break
-            pool.free = free
-            for request in joined:
-                s.enter(request, now)
-            if joined:
-                waiting.clear()
             if unseen:
-                waiting.extend(request for _, request in unseen)
+                waiting.extend([request for _, request in unseen])
                 unseen.clear()
-            s.blocks_held = held = pool.total - free - need / 2
-            running = decoding + len(joined)
-            record(rank, now, steps, first, growth, decoding, tokens, float(len(joined)), running, held)
-            self.window = now, steps, first, growth
-            if end >= arrival:  # nobody's coming ends a run that somebody is served in
-                arrival = come(end, arrival)
-            else:
+            window = now, steps, first, growth
+            now = end
+            if end < arrival:
                 clock.advance(end)
-            s.step = step + steps
+            else:  # nobody's coming ends a run that somebody is served in
+                arrival = come(end, arrival)
+            s.step = step = step + steps
             s.context += decoding * steps
-            if cut:
-                continue
-            done = s.end_decoding() if ends and ends[0] == s.step else []
+            done = s.end_decoding() if ends and ends[0] == step else []
             for request in joined:
                 request.cached = request.input_tokens
                 s.prompt_done(request, end, done)
             for request in done:
                 self.finished(rank, request)
+        self.window = window
         return arrival
 
-    def _see_early(self) -> None:
-        """Queue who came before the last step began, in which the next one was decided."""
+    def _see_early(self, window: tuple[int, int, int, int]) -> None:
+        """Queue who came before the last of these steps began, in which the next one was decided."""
         assert self.unseen is not None
-        start, steps, first, growth = self.window
+        start, steps, first, growth = window
         known = start + window_ticks(first, growth, steps - 1)
         while self.unseen and self.unseen[0][0] <= known:
             self.s.waiting.append(self.unseen.pop(0)[1])
 
-    def _whole(self, joining: list[Request]) -> tuple[int, int]:
-        """Tokens and blocks of new prompts that can join the next step whole; (0, 0) if there is more to decide."""
-        s, block = self.s, self.s.pool.block_tokens
-        tokens = blocks = 0
+    def _join(self, joining: list[Request], now: int) -> int:
+        """Take them into the step that begins now, whole, and log it; its time, 0 if there is more to decide. [ticks]
+
+        The time is that of `step_time.single_step`.
+        """
+        s, table, pool = self.s, self.table, self.s.pool
+        tokens = blocks = pairs = 0
         for request in joining:
             if request.prompt or request.preemptions:
-                return 0, 0
-            tokens += request.input_tokens
-            blocks -= -request.input_tokens // block
-        decoding = s.decoding
-        fit = decoding + len(joining) <= s.max_num_seqs and decoding + tokens <= s.max_num_batched_tokens
-        return (tokens, blocks) if fit and s.policy is vllm else (0, 0)
-
-    def _with_prompts(self, joined: list[Request], tokens: int) -> int:
-        """Time of a step with whole prompts of so many tokens in all, as `step_time.single_step`. [ticks]"""
-        table, decoding = self.table, self.s.decoding
-        token, (base, per_new, per_pair, _) = table.of_chunks(len(joined))
-        pairs = 0
-        for request in joined:
+                return 0
             new = request.input_tokens
+            tokens += new
+            blocks -= -new // pool.block_tokens
             pairs += new * (new + 1) // 2
-        time = token[tokens + decoding] + table.head[len(joined) + decoding] + base + per_new * tokens + per_pair * pairs
+        decoding, prompts = s.decoding, len(joining)
+        rows, running = tokens + decoding, prompts + decoding
+        need = pool.need(s.step)
+        free = pool.free - need - blocks
+        if s.policy is not vllm or running > s.max_num_seqs or rows > s.max_num_batched_tokens or free < 0:
+            return 0
+        pool.free = free
+        s.blocks_held = held = pool.total - free - need / 2
+        for request in joining:
+            s.enter(request, now)
+        token, (base, per_new, per_pair, _) = table.of_chunks(prompts)
+        time = token[rows] + table.head[running] + base + per_new * tokens + per_pair * pairs
         if decoding:
-            time += table.mixed_base[decoding] + table.mixed_per_context[decoding] * self.s.context
+            time += table.mixed_base[decoding] + table.mixed_per_context[decoding] * s.context
+        self.recorder.window(self.rank, now, 1, time, 0, decoding, tokens, prompts, running, held)
         return time
