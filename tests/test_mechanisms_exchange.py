@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 from simmoe.costs import exchange
 from simmoe.costs.memory import weights_per_device_bytes
+from simmoe.costs.operators import alltoall
 from simmoe.costs.overlap import two_batches, under_shared_expert
+from simmoe.costs.timing import kernel_times
 from simmoe.engine.engine import Engine
 from simmoe.engine.step import Batch
 from simmoe.engine.tabulate import step_table
@@ -192,6 +194,31 @@ def test_an_oversubscribed_tree_slows_the_measured_kernels_too():
         for phase in ("dispatch", "combine"):
             assert 1.05 * even[phase] < slow[phase] < 2.0 * even[phase]
     assert step(ranks=8, hardware=halved).total_s == step(ranks=8).total_s
+
+
+def test_a_network_that_is_described_keeps_its_rate_over_many_nodes():
+    """Bulk kernels over four nodes: DeepEP's table has 58 and 57 GB/s, copies to a token's own node counted.
+
+    Where the rows come from, rates fell by more than half from two nodes to eight.
+    """
+
+    def rate(phase, nodes, hardware):
+        width = alltoall.FP8_BYTES if phase == "dispatch" else 2.0
+        features = alltoall.features_of(
+            kernel="deepep_normal", phase=phase, tokens_per_rank=[4096.0], hidden=7168, top_k=8, num_experts=256,
+            ranks=8 * nodes, nodes=nodes, bytes_per_element=width,
+        )  # fmt: skip
+        times = kernel_times(hardware, "sglang")
+        seconds, _ = times.seconds(alltoall.OPERATOR, features, kernel="deepep_normal", phase=phase)
+        return 4096 * nodes_per_token(256, 8, nodes) * 7168 * width / float(seconds[0]) / 1e9
+
+    h800 = load_hardware("h800")
+    described = h800.vary(fabric=Fabric())
+    assert rate("dispatch", 4, described) == pytest.approx(58, rel=0.05)
+    assert rate("combine", 4, described) == pytest.approx(57, rel=0.05)
+    for phase in ("dispatch", "combine"):
+        assert rate(phase, 2, described) == rate(phase, 2, h800)
+        assert rate(phase, 8, described) > 1.8 * rate(phase, 8, h800)
 
 
 def test_an_exchange_over_nodes_without_a_network_says_so():

@@ -101,7 +101,11 @@ class Hardware(Spec):
     scale_up: Link = Field(description="Within a node (NVLink, xGMI, PCIe) or scale-up domain.")
     scale_out: Link | None = Field(default=None, description="Between nodes, per device; None: no network.")
     host_link: Link | None = Field(default=None, description="Device to host (PCIe).")
-    fabric: Fabric | None = Field(default=None, description="Topology of the network; None: rails of full rate.")
+    fabric: Fabric | None = Field(
+        default=None,
+        description="Topology of the network; {}: rails of full rate. None: not known; the same, but DeepEP's kernels "
+        "lose over many nodes what they lost where they were measured.",
+    )
     price_per_device_hour: PriceRange | None = None
     calibration: str | None = Field(default=None, description="Folder under profiles/ with a calibration.yaml.")
     nearest_calibration: str | None = Field(

@@ -7,8 +7,9 @@ the multiprocessors lent to the kernel; every copy also costs handling. Benchmar
 TensorRT-LLM) take no less time than that: the device works meanwhile. vLLM's combine is issued while the device copies
 the receive buffer, and shows only what of the host's time outlasts the copy. Defaults of what a multiprocessor moves
 and of handling are what TensorRT-LLM's rows give for DeepEP's default chunks. Kernels and copy rules: DeepEP's README
-(deepseek-ai/DeepEP). Multi-node totals hold the exchange of token counts that comes first (``notify``). Left out:
-skewed routing, overlap with compute, congestion beyond what 2 and 8 nodes showed. Compared with:
+(deepseek-ai/DeepEP). Multi-node totals hold the exchange of token counts that comes first (``notify``). A network that
+the hardware describes (``fabric``) keeps its rate over any number of nodes; one that it does not loses what 8 nodes of
+the benchmark lost. Left out: skewed routing, overlap with compute, other congestion. Compared with:
 profiles/*/moe_alltoall_*.
 """
 
@@ -85,7 +86,9 @@ def seconds(features: Features, parameters: Parameters, hardware: Hardware, cold
     busy = soft_max(link, lent, LINK_SHARPNESS) + handling
     if (nodes > 1).any():
         span = np.log2(np.maximum(nodes, 2.0) / 2.0) / 2.0
-        rate = _network(hardware) * parameters["network_efficiency"] * parameters["network_gain"] ** span
+        # what the measured clusters lose over many nodes is theirs, and stands for a network that is not described
+        lost = 1.0 if hardware.fabric is not None else parameters["network_gain"] ** span
+        rate = _network(hardware) * parameters["network_efficiency"] * lost
         busy = soft_max(busy, tokens * outside * row / rate, LINK_SHARPNESS)
         busy = busy + np.where(nodes > 1, parameters["node_s"] * parameters["node_growth"] ** span, 0.0)
     fixed = parameters["alpha_s"] + parameters["row_s"] * row / ROW_BYTES
