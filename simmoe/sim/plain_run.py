@@ -17,6 +17,7 @@ from simmoe.sim.policies import vllm
 from simmoe.sim.recorder import Recorder
 from simmoe.sim.request import Request
 from simmoe.sim.scheduler import Scheduler
+from simmoe.sim.step_time import prompts_attention
 from simmoe.sim.ticks import TickTable, boundary, window_ticks
 
 Come = Callable[[int, int], int | None]
@@ -124,7 +125,7 @@ class PlainRun:
         The time is that of `step_time.single_step`.
         """
         s, table, pool = self.s, self.table, self.s.pool
-        tokens = blocks = pairs = 0
+        tokens = blocks = pairs = longest = 0
         for request in joining:
             if request.prompt or request.preemptions:
                 return 0
@@ -132,6 +133,7 @@ class PlainRun:
             tokens += new
             blocks -= -new // pool.block_tokens
             pairs += new * (new + 1) // 2
+            longest = max(longest, new)
         decoding, prompts = s.decoding, len(joining)
         rows, running = tokens + decoding, prompts + decoding
         need = pool.need(s.step)
@@ -142,8 +144,9 @@ class PlainRun:
         s.blocks_held = held = pool.total - free - need / 2
         for request in joining:
             s.enter(request, now)
-        token, (base, per_new, per_pair, _) = table.of_chunks(prompts)
-        time = token[rows] + table.head[running] + base + per_new * tokens + per_pair * pairs
+        token, attention = table.of_chunks(prompts)
+        time = token[rows] + table.head[running]
+        time += prompts_attention(attention, 1, tokens, pairs, 0, longest if longest > 1 else 0)
         if decoding:
             time += table.mixed_base[decoding] + table.mixed_per_context[decoding] * s.context
         self.recorder.window(self.rank, now, 1, time, 0, decoding, tokens, prompts, running, held)

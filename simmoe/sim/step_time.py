@@ -86,6 +86,17 @@ def _chunks(attention: list[int], s: Scheduler, dp: int) -> tuple[int, int, int]
             before += cached
         if cached:
             pairs += new * cached
-    base, per_new, per_pair, per_cached, walk_base, walk = attention
-    summed = base + dp * (per_new * tokens + per_pair * pairs + per_cached * before)
-    return tokens, sampled, max(summed, dp * (walk_base + walk * longest))
+    return tokens, sampled, prompts_attention(attention, dp, tokens, pairs, before, longest)
+
+
+def prompts_attention(terms: list[int], dp: int, tokens: int, pairs: int, cached: int, longest: int) -> int:
+    """Attention of prompt chunks on each of ``dp`` ranks, by the ``terms`` of `TickTable.prompts`. [ticks]
+
+    Parameters
+    ----------
+    tokens, pairs, cached : computed, attended and cached before, of all chunks.
+    longest : context of the chunk with most, of those longer than a token.
+    """
+    base, per_new, per_pair, per_cached, walk_base, walk = terms
+    summed = base + dp * (per_new * tokens + per_pair * pairs + per_cached * cached)
+    return max(summed, dp * (walk_base + walk * longest))
