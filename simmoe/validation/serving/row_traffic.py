@@ -6,6 +6,9 @@ What a row leaves unsaid has one default for all. Checked against: tests/test_va
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +29,9 @@ _MOST_REQUESTS = 12000
 #: sample of 207 with at most 128 clients, with the model left out, vLLM's (before 0.14) are told 37 and TensorRT-LLM's
 #: 68 % off if equal, 24 and 28 % so; SGLang's 14 % if equal, 68 % so.
 _UNSTATED_SPREAD = 0.1
-#: Spread of ShareGPT's lengths (log-normal), and the longest prompt and answer that vLLM's sampling of it lets through.
-SHAREGPT_CV, SHAREGPT_LONGEST = 1.1, 1024
+#: Tokens that a ShareGPT prompt, or answer, may have in a benchmark: vLLM's sampling drops longer prompts and, both
+#: counted, more than twice as much; and whatever is shorter than four.
+SHAREGPT_LONGEST, SHAREGPT_SHORTEST = 1024, 4
 #: GPUStack's latency scenario: 100 ShareGPT prompts, never more than four at work (rates times latencies of its rows
 #: give 3.8 to 3.9); the "peak concurrency" its rows print is the benchmark's count per second, not the cap.
 _FEW_REQUESTS, _FEW_CLIENTS = 100, 4
@@ -98,8 +102,27 @@ def _lengths(tokens: float, words: str, side: str) -> Lengths:
         low, high = 1, max(2, round(2 * tokens) - 1)
         return Lengths(kind="uniform", mean=(low + high) / 2, low=low, high=high)
     if "ShareGPT" in words and tokens < SHAREGPT_LONGEST:
-        return Lengths(kind="lognormal", mean=tokens, cv=SHAREGPT_CV, high=SHAREGPT_LONGEST)
+        return _sharegpt(tokens, f"{side}put_tokens")
     return Lengths(mean=tokens)
+
+
+@lru_cache(maxsize=1)
+def sharegpt_lengths() -> Mapping[str, NDArray[np.float64]]:
+    """Two columns of 200 counts, each standing for as many of 12,000 first prompts and first answers, sorted. [tokens]
+
+    Sampled as vLLM's benchmark does (``ShareGPTDataset``, ``is_valid_sequence``) from the first 17,400 conversations of
+    ShareGPT_V3_unfiltered_cleaned_split, counted with OpenAI's cl100k_base vocabulary: means 219 and 201, where rows of
+    GPUStack print 214 to 219 and 187 to 201. Every fifth answer is shorter than 20 tokens, half are shorter than 136.
+    """
+    with resources.as_file(resources.files("simmoe.validation.serving") / "sharegpt_lengths.csv") as path:
+        table = read_table(path)
+        return {name: table.number(name) for name in ("input_tokens", "output_tokens")}
+
+
+def _sharegpt(tokens: float, column: str) -> Lengths:
+    """ShareGPT's lengths, stretched to a row's mean."""
+    counted = sharegpt_lengths()[column]
+    return _drawn(np.maximum(np.rint(counted * (tokens / counted.mean())), SHAREGPT_SHORTEST))
 
 
 def _around(tokens: float) -> Lengths:
