@@ -36,7 +36,7 @@ EngineVersion = Annotated[
     ),
 ]
 Precision = Annotated[
-    str | None, typer.Option(help="Weights: bfloat16, fp8, fp8_block, int8, int4, int4_g32, mxfp4, nvfp4.")
+    str | None, typer.Option(help="Weights: bfloat16, fp8, fp8_block, int8, int4, int4_g32, mxfp4, mxfp4_mxfp8, nvfp4.")
 ]
 Price = Annotated[float | None, typer.Option(help="USD per device-hour; else the file's.")]
 Deployment = Annotated[Path | None, typer.Option(help="Deployment YAML; flags override it.")]

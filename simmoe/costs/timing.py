@@ -42,13 +42,17 @@ _AGREEMENT = {
 #: Less than a format or its stand-in: kernels of two engines for one format are 5 to 20 % apart in the tables, those of
 #: one engine for two formats up to a factor of two (TensorRT-LLM's experts in fp8 by tensors and by blocks).
 _FRAMEWORK = 3.0
-#: Measured formats nearest to ones nobody measured: narrow weights whose products run on 16-bit activations; 8-bit ones
-#: with a scale a tensor, row or column, and 4-bit ones in blocks, whose inputs are quantised first.
-_WEIGHTS_ALONE = ("mxfp4", "int4", *(name + WEIGHT_ONLY for name in ("fp8", "fp8_block", "int8", "nvfp4")))
-_QUANTISED = ("fp8", "int8", "nvfp4")
-_STANDS_IN = dict.fromkeys(_QUANTISED, "fp8_block") | dict.fromkeys(_WEIGHTS_ALONE, "bfloat16")
-#: More than the framework; with it, less than the very format of another's kernel.
-_STAND_IN = 4.0
+#: Measured formats nearest to ones nobody measured, the nearest first: narrow weights whose products run on 16-bit
+#: activations; 8-bit ones with a scale a tensor, row or column; 4-bit ones in blocks that the units scale themselves,
+#: where Hopper's kernels of block-scaled fp8 do it in software, so that fp8 with one scale is nearer.
+_STANDS_IN: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("fp8", "int8"), ("fp8_block",)),
+    **dict.fromkeys(("mxfp4_mxfp8", "nvfp4"), ("fp8", "fp8_block")),
+    **dict.fromkeys(("mxfp4", "int4"), ("bfloat16",)),
+    **{name + WEIGHT_ONLY: ("bfloat16",) for name in ("fp8", "fp8_block", "int8", "mxfp4_mxfp8", "nvfp4")},
+}
+#: More than the framework; with it, less than the very format of another's kernel; and what a place in the list costs.
+_STAND_IN, _FARTHER = 4.0, 0.2
 #: Farther outside than this is told. [-]
 _BARELY = 1e-3
 
@@ -144,8 +148,8 @@ class KernelTimes:
             for name, value in wanted.items():
                 if fit.variant.get(name) == value:
                     score += _FRAMEWORK if name == "framework" else _AGREEMENT.get(name, 1.0)
-                elif name == "dtype" and fit.variant.get(name) == _STANDS_IN.get(value):
-                    score += _STAND_IN
+                elif name == "dtype" and fit.variant.get(name) in _STANDS_IN.get(value, ()):
+                    score += _STAND_IN - _FARTHER * _STANDS_IN[value].index(fit.variant[name])
             return score, -fit.held_out_mape_percent
 
         own = max(self.own.of(operator.name), key=agreement, default=None) if self.own else None

@@ -71,7 +71,7 @@ class Engine:
         known = engine_kernels(deployment, hardware.device.architecture)
         self.times = times if times is not None else kernel_times(hardware, deployment.engine, known)
         self.inclusion = inclusion
-        self.precision, widened = on_device(precision_of(model, deployment), hardware.device)
+        self.precision, widened = on_device(precision_of(model, deployment), hardware.device, deployment.engine)
         if widened is not None:
             self.times.notes[widened] = None
         self.top_k, self.num_experts = active_and_pool(model, deployment)

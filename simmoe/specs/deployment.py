@@ -17,11 +17,13 @@ from simmoe.specs.mechanisms import Dispatch, Exchange, KvOffload, Offload
 from simmoe.specs.routing import Routing
 from simmoe.specs.speculative import Speculative
 
-Precision = Literal["float32", "bfloat16", "float16", "fp8", "fp8_block", "int8", "int4", "int4_g32", "mxfp4", "nvfp4"]
+Precision = Literal[
+    "float32", "bfloat16", "float16", "fp8", "fp8_block", "int8", "int4", "int4_g32", "mxfp4", "mxfp4_mxfp8", "nvfp4"
+]  # fmt: skip
 EngineName = Literal["vllm", "sglang", "trtllm", "generic"]
 
 #: bytes per weight element, block scales included (fp8_block: one fp32 per 128x128; int4: 16 bits per 128, as AWQ and
-#: GPTQ do by default, int4_g32: per 32; mxfp4: 8 bits per 32)
+#: GPTQ do by default, int4_g32: per 32; mxfp4: 8 bits per 32, whether or not activations are narrowed to mxfp8)
 BYTES_PER_ELEMENT: dict[str, float] = {
     "float32": 4.0,
     "bfloat16": 2.0,
@@ -32,6 +34,7 @@ BYTES_PER_ELEMENT: dict[str, float] = {
     "int4": 0.5 + 2.0 / 128,
     "int4_g32": 0.5 + 2.0 / 32,
     "mxfp4": 4.25 / 8,
+    "mxfp4_mxfp8": 4.25 / 8,
     "nvfp4": 4.5 / 8,
 }
 

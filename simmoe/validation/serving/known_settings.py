@@ -20,7 +20,7 @@ from simmoe.specs.deployment import Precision
 from simmoe.validation.cells import Row, integer, text
 
 #: What of a deployment an entry may set.
-_FIELDS = ("kv_precision", "max_num_seqs", "max_num_batched_tokens", "memory_fraction")
+_FIELDS = ("weight_precision", "kv_precision", "max_num_seqs", "max_num_batched_tokens", "memory_fraction")
 
 
 class KnownSetting(Spec):
@@ -29,6 +29,7 @@ class KnownSetting(Spec):
     in_source: tuple[str, ...]
     when: dict[str, str | int] = Field(default_factory=dict)
     gpu: str | None = Field(default=None, description="The device the runs had, where the row names another.")
+    weight_precision: Precision | None = None
     kv_precision: Precision | None = None
     max_num_seqs: int | Literal["clients"] | None = None
     max_num_batched_tokens: int | None = None
