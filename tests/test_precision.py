@@ -39,7 +39,9 @@ def test_integers_multiply_at_the_integer_peak_not_at_that_of_8_bit_floats():
 
 
 def test_widening_is_told_once_and_only_where_it_happens():
-    said = {hw: on_device(precision_of(V3, Deployment()), load_hardware(hw).device)[1] for hw in ("a100", "h100")}
+    said = {
+        hw: on_device(precision_of(V3, Deployment()), load_hardware(hw).device, "vllm")[1] for hw in ("a100", "h100")
+    }
     assert said["h100"] is None
     assert said["a100"].endswith("has no fp8 units: fp8_block weights are widened to 16 bits before they multiply")
     engine = Engine(load_hardware("a100"), V3, Deployment(gpus=16, tp=16))
@@ -56,3 +58,25 @@ def test_volta_widens_integers():
     few, many = ([experts_s("v100", name, batch)[0] for name in ("int4", "int8")] for batch in (FEW, MANY))
     assert few[0] < 0.8 * few[1]
     assert many[0] == pytest.approx(many[1], rel=0.05)
+
+
+def test_blackwell_narrows_the_inputs_of_mxfp4_experts_where_the_engine_does():
+    gpt_oss = load_model("gpt-oss-120b")
+
+    def experts(hardware, engine, precision=None, batch=MANY):
+        d = Deployment(engine=engine, weight_precision=precision)
+        return Engine(load_hardware(hardware), gpt_oss, d).step(batch).parts["routed_experts"]
+
+    assert experts("b200", "trtllm") == experts("b200", "trtllm", "mxfp4_mxfp8")
+    assert experts("b200", "trtllm") < 0.8 * experts("b200", "trtllm", "bfloat16")
+    assert experts("b200", "vllm", "mxfp4_mxfp8") < 0.95 * experts("b200", "vllm")
+    engine = Engine(load_hardware("h200"), gpt_oss, Deployment(engine="trtllm"))
+    assert engine.precision.experts.compute_bits == 16  # Hopper widens the weights instead
+
+
+def test_few_tokens_fill_the_tiles_of_block_scaled_units():
+    """Sixteen tokens on an expert each cost no more than streaming its weights, within a quarter."""
+    engine = Engine(load_hardware("b200"), MIXTRAL, Deployment(engine="trtllm", weight_precision="nvfp4"))
+    step, (e, device) = engine.step(Batch(64, 64 * 100)), (MIXTRAL.experts, engine.hardware.device)
+    streamed = MIXTRAL.layers * e.num_experts * 3 * e.inter_size * MIXTRAL.hidden * 4.5 / 8 / device.memory_bandwidth
+    assert streamed < step.parts["routed_experts"] < 1.25 * streamed

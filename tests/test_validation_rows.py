@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from simmoe.calibrate.engines import overridden
+from simmoe.calibrate.releases import overridden
 from simmoe.cli.main import app
 from simmoe.engine.engine import Engine
 from simmoe.engine.step import Batch
@@ -18,8 +19,10 @@ from simmoe.specs.engines import engine_parameters
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.measurement import read_table
 from simmoe.specs.mechanisms import Exchange
+from simmoe.validation.serving import chat_flood
 from simmoe.validation.serving import compare as serving
 from simmoe.validation.serving.engine_limits import limits, release
+from simmoe.validation.serving.row_traffic import SHAREGPT_SHORTEST
 from simmoe.validation.serving.rows import Unspoken, describe
 
 H100, H200, A100 = (load_hardware(name) for name in ("h100", "h200", "a100"))
@@ -264,3 +267,32 @@ def test_a_run_without_pools_is_one_pool():
     assert run.decode is None
     assert run.gpus == run.deployment.gpus
     assert dataclasses.replace(run, tokens_per_chunk=2.0).policy is None
+
+
+def test_sharegpt_is_drawn_from_its_own_lengths_stretched_to_a_rows_mean():
+    cells = {"length_distribution": "ShareGPT", "request_rate": "inf", "num_requests": 1000.0, "concurrency": 1000.0}
+    found = describe(row(input_tokens=214.5, output_tokens=199.9, **cells)).workload
+    assert found.input.mean == pytest.approx(214.5, rel=0.01)
+    assert found.output.mean == pytest.approx(199.9, rel=0.01)
+    answers = np.array(found.output.values)
+    assert 0.15 < (answers < 20).mean() < 0.25  # a log-normal of that mean and spread has 2 %
+    assert answers.min() >= SHAREGPT_SHORTEST
+
+
+def test_a_flood_of_chat_requests_reaches_the_scheduler_when_all_of_it_is_read():
+    cells = {"request_rate": "inf", "num_requests": 200.0, "concurrency": 200.0, "input_tokens": 100.0}
+    alone, chat = row(**cells), row(**cells, source="gpustack/gpustack commit 47277d79 file x.md")
+    assert (describe(alone).chat, describe(chat).chat) == (False, True)
+    without, with_it = (serving.solve(describe(one))[0] for one in (alone, chat))
+    waited = 200 * chat_flood.TAKING_IN_S["vllm"]
+    assert with_it.ttft.p99 - without.ttft.p99 == pytest.approx(waited)
+    assert with_it.tpot == without.tpot
+    assert 200 / with_it.requests_per_s - 200 / without.requests_per_s == pytest.approx(waited)
+    assert not describe(chat | {"model": "gpt-oss-20b", "precision": "mxfp4"}).chat
+
+
+def test_a_loop_of_chat_requests_or_one_into_another_engine_waits_for_none():
+    chat = row(source="gpustack/gpustack commit 47277d79 file x.md", concurrency=4.0, num_requests=40.0)
+    assert chat_flood.before_flood_s(describe(chat)) == 0
+    flood = chat | {"num_requests": 4.0, "request_rate": "inf", "engine": "sglang", "engine_version": "0.5.3"}
+    assert chat_flood.before_flood_s(describe(flood)) == 0

@@ -28,6 +28,7 @@ from simmoe.steady.load_curve import load_curve
 from simmoe.steady.state import steady_state
 from simmoe.validation.cells import BESIDE, Row, Unspoken, number, reason, text
 from simmoe.validation.misses import of_step
+from simmoe.validation.serving import chat_flood
 from simmoe.validation.serving.phase_rows import compare_row, is_phase_row
 from simmoe.validation.serving.rows import Run, describe, group_of, model_named
 from simmoe.validation.serving.unseen import SUFFIX, left_out
@@ -167,7 +168,8 @@ def solve(run: Run, *, seed: int = 0) -> tuple[ServingMetrics, float, tuple[str,
     else:
         metrics, _ = steady_state(curve, run.deployment, run.workload, tokens, parts.engine.parameters)
     sigma = mean_step(parts.table, curve, metrics, run.deployment, run.workload).log_sigma
-    return _seen(metrics, parts, run), sigma, tuple(parts.engine.times.notes)
+    metrics = chat_flood.later(_seen(metrics, parts, run), chat_flood.before_flood_s(run))
+    return metrics, sigma, tuple(parts.engine.times.notes)
 
 
 def _seen(metrics: ServingMetrics, parts: Compiled, run: Run) -> ServingMetrics:

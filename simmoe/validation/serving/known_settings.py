@@ -34,6 +34,7 @@ class KnownSetting(Spec):
     max_num_seqs: int | Literal["clients"] | None = None
     max_num_batched_tokens: int | None = None
     memory_fraction: float | None = None
+    chat: bool = Field(default=False, description="Requests went through the chat API.")
     source: str
 
     def holds(self, row: Row) -> bool:
@@ -60,6 +61,11 @@ def _of(row: Row) -> Iterator[KnownSetting]:
 def device_of(row: Row) -> str:
     """Name of the device a row's run had."""
     return next((entry.gpu for entry in _of(row) if entry.gpu), text(row, "gpu"))
+
+
+def through_chat(row: Row) -> bool:
+    """Whether a row's requests went through the chat API."""
+    return any(entry.chat for entry in _of(row))
 
 
 def limits_of(row: Row) -> dict[str, object]:

@@ -21,7 +21,7 @@ from simmoe.specs.speculative import Speculative
 from simmoe.specs.workload import Workload
 from simmoe.validation.cells import Row, Unspoken, integer, text, why
 from simmoe.validation.serving.engine_limits import LIMITS, limits, policy, release
-from simmoe.validation.serving.known_settings import device_of, limits_of
+from simmoe.validation.serving.known_settings import device_of, limits_of, through_chat
 from simmoe.validation.serving.row_traffic import traffic
 from simmoe.validation.serving.speculative_rows import speculation
 
@@ -40,6 +40,7 @@ class Run:
     requests : how many were sent in all, over a finite loop or all at once; None: a steady state.
     tokens_per_chunk : tokens a streamed message holds; gaps "between tokens" are then between messages. [tokens]
     decode : the pool that decodes, where ``deployment`` computes prompts only.
+    chat : requests went through the chat API and its template.
     """
 
     hardware: Hardware
@@ -49,6 +50,7 @@ class Run:
     requests: int | None = None
     tokens_per_chunk: float = 1.0
     decode: Deployment | None = None
+    chat: bool = False
 
     @property
     def gpus(self) -> int:
@@ -87,7 +89,10 @@ def describe(row: Row) -> Run:
     else:
         decode = speculating(decode, drafts)
     workload, requests = traffic(row)
-    return Run(hardware, model, deployment, workload, requests, _tokens_per_chunk(text(row, "notes")), decode)
+    chunk = _tokens_per_chunk(text(row, "notes"))
+    # gpt-oss has a format of its own (Harmony), for which vLLM goes through no template
+    chat = through_chat(row) and not model.name.startswith("gpt-oss")
+    return Run(hardware, model, deployment, workload, requests, chunk, decode, chat)
 
 
 def _pool(row: Row, side: str) -> Row:
