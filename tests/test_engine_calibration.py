@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from simmoe.calibrate import engines as engine_calibration
+from simmoe.calibrate import releases
 from simmoe.engine.engine import Engine
 from simmoe.errors import CalibrationError
-from simmoe.specs.deployment import Deployment
-from simmoe.specs.engines import engine_kernels, engine_parameters, release_note, version_numbers
+from simmoe.specs.deployment import Deployment, EngineOverrides
+from simmoe.specs.engines import engine_kernels, engine_parameters, release_note, shipped_entries, version_numbers
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.measurement import read_table
 from simmoe.validation.serving import compare as serving
@@ -59,7 +60,7 @@ def slow_engine():
 
 
 def test_host_time_and_slowdown_are_recovered_from_throughput(slow_engine, tmp_path):
-    (fit,) = engine_calibration.estimate(table(tmp_path / "x.csv", slow_engine))
+    (fit,) = releases.estimate(table(tmp_path / "x.csv", slow_engine))
     assert fit.parameters.host_time_per_step == pytest.approx(0.004, rel=0.05)
     assert fit.parameters.kernel_slowdown == pytest.approx(1.6, rel=0.05)
     assert fit.mape_percent < 1 < fit.mape_before_percent
@@ -73,15 +74,15 @@ def test_capped_pruned_and_excluded_rows_do_not_touch_the_estimate(slow_engine, 
         slow_engine[2] | {"source_id": "odd", "output_tokens_per_s": 1.0},
     ]
     clean, dirty = table(tmp_path / "x.csv", slow_engine), table(tmp_path / "y.csv", slow_engine + poison)
-    (with_them,) = engine_calibration.estimate(dirty, exclude=["odd"])
-    (without,) = engine_calibration.estimate(clean)
+    (with_them,) = releases.estimate(dirty, exclude=["odd"])
+    (without,) = releases.estimate(clean)
     assert with_them.rows == without.rows
     assert with_them.parameters.kernel_slowdown == without.parameters.kernel_slowdown
 
 
 def test_an_estimate_needs_a_native_throughput(tmp_path):
     with pytest.raises(CalibrationError, match="native top-k"):
-        engine_calibration.estimate(table(tmp_path / "x.csv", [row(4, active_experts=3, output_tokens_per_s=9.0)]))
+        releases.estimate(table(tmp_path / "x.csv", [row(4, active_experts=3, output_tokens_per_s=9.0)]))
 
 
 def test_defaults_recover_host_and_front_end_times_from_latencies(tmp_path):
@@ -92,17 +93,21 @@ def test_defaults_recover_host_and_front_end_times_from_latencies(tmp_path):
                 cells = row(
                     clients, model=model, active_experts=native[0], total_experts=native[1], input_tokens=prompt
                 )
-                own = engine_parameters(describe(cells).deployment, H200.device.name)
+                run = describe(cells)
+                own = engine_parameters(run.deployment, H200.device.name, run.model.layers)
                 metrics = played(cells, host_time_per_step=0.003)
                 running = metrics.mean_running
-                front = 0.05 - own.front_end_time + (0.002 - own.front_end_time_per_request) * running
+                front = (
+                    1e-3 * run.model.layers - own.front_end_time + (0.002 - own.front_end_time_per_request) * running
+                )
                 front += (4e-5 - own.front_end_time_per_token) * prompt
                 times = {"tpot_ms_mean": 1e3 * metrics.tpot.mean, "ttft_ms_mean": 1e3 * (metrics.ttft.mean + front)}
                 rows.append(cells | times)
     (fit,) = engine_calibration.estimate_defaults([table(tmp_path / "x.csv", rows)])
-    assert fit.host_time_per_step == pytest.approx(0.003, rel=0.1)
-    assert fit.front_end_time_per_request == pytest.approx(0.002, rel=0.1)
-    assert fit.front_end_time_per_token == pytest.approx(4e-5, rel=0.15)
+    assert fit.times["host_time_per_step"] == pytest.approx(0.003, rel=0.1)
+    assert fit.times["launch_time_per_layer"] == pytest.approx(1e-3, rel=0.1)
+    assert fit.times["front_end_time_per_request"] == pytest.approx(0.002, rel=0.1)
+    assert fit.times["front_end_time_per_token"] == pytest.approx(4e-5, rel=0.15)
     assert fit.tpot_percent < 5
     assert fit.tpot_rows == fit.ttft_rows == 16
 
@@ -198,3 +203,13 @@ def test_a_named_version_is_told_which_releases_times_stand_for_it(engine, versi
     found = release_note(Deployment(engine=engine, engine_version=version), H200.device.name)
     assert found is None if says is None else found.startswith(says)
     assert release_note(Deployment(engine="sglang", engine_version="0.4.4.post1"), A100.device.name).endswith("0.4.6")
+
+
+def test_launches_of_a_prompts_layers_are_before_the_first_token_unless_a_deployment_says_its_own():
+    bare = engine_parameters(engine("trtllm"), "any")
+    deep = engine_parameters(engine("trtllm"), "any", 60)
+    per_layer = next(e for e in shipped_entries() if e.engine == "trtllm").launch_time_per_layer
+    assert per_layer > 0
+    assert deep.front_end_time - bare.front_end_time == pytest.approx(60 * per_layer)
+    told = engine("trtllm").vary(engine_overrides=EngineOverrides(front_end_time=0.02))
+    assert engine_parameters(told, "any", 60).front_end_time == 0.02

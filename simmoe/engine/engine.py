@@ -84,7 +84,7 @@ class Engine:
     @cached_property
     def parameters(self) -> EngineParameters:
         """What the engine adds around kernels."""
-        return self._given or engine_parameters(self.deployment, self.hardware.device.name)
+        return self._given or engine_parameters(self.deployment, self.hardware.device.name, self.model.layers)
 
     @property
     def host_per_row(self) -> float:

@@ -4,6 +4,8 @@
 ``host_time_per_sequence``: the part of it that grows with the number of running requests.
 ``front_end_time``: tokenising, HTTP and queue hand-over before a request reaches the scheduler: in TTFT and
 end-to-end time, and so in the cycle of a closed loop's clients.
+``launch_time_per_layer``: launching one layer's kernels of a step that computes a prompt, which no graph replays;
+before the first token, beside ``front_end_time``.
 ``front_end_time_per_request``, ``_per_token``: the parts of it that grow with the number of requests being served and
 with the tokens of the prompt.
 ``nucleus_time``, ``nucleus_bytes_per_logit``: sorting and summing the vocabulary where top-p or top-k sampling is on:
@@ -45,6 +47,7 @@ class EngineParameters(Spec):
     host_time_per_step: Seconds = 0.0
     host_time_per_sequence: Seconds = 0.0
     front_end_time: Seconds = 0.0
+    launch_time_per_layer: Seconds = 0.0
     front_end_time_per_request: Seconds = 0.0
     front_end_time_per_token: Seconds = 0.0
     nucleus_time: Seconds = 0.0
@@ -148,9 +151,14 @@ ENTRIES: ContextVar[tuple[EngineParameters, ...] | None] = ContextVar("entries",
 OVERRIDES: ContextVar[Mapping[str, object]] = ContextVar("overrides", default=MappingProxyType({}))
 
 
-def engine_parameters(deployment: Deployment, device: str) -> EngineParameters:
-    """The most specific entry for the deployment's engine, its version and the device, with its overrides applied."""
+def engine_parameters(deployment: Deployment, device: str, layers: int = 0) -> EngineParameters:
+    """The most specific entry for the deployment's engine, its version and the device, with its overrides applied.
+
+    ``front_end_time`` holds the launches of ``layers`` layers too, unless the deployment says it itself.
+    """
     chosen = _entry(deployment, device)
+    in_front = chosen.front_end_time + layers * chosen.launch_time_per_layer
+    chosen = chosen.vary(front_end_time=in_front, launch_time_per_layer=0.0)
     changes: dict[str, Any] = dict(OVERRIDES.get())
     if changes:
         changes["source"] = "given for this run"
