@@ -2,7 +2,6 @@
 
 import pytest
 
-from simmoe.costs.operators import experts
 from simmoe.costs.precision import on_device, precision_of
 from simmoe.engine.engine import Engine
 from simmoe.engine.step import Batch
@@ -75,18 +74,10 @@ def test_blackwell_narrows_the_inputs_of_mxfp4_experts_where_the_engine_does():
     assert engine.precision.experts.compute_bits == 16  # Hopper widens the weights instead
 
 
-def test_few_tokens_fill_the_tiles_of_block_scaled_units(monkeypatch):
-    """Sixteen tokens on an expert each cost little more than streaming its weights; as Hopper's tiles are, far more."""
-    e, device = MIXTRAL.experts, load_hardware("b200").device
-    streamed = MIXTRAL.layers * e.num_experts * 3 * e.inter_size * MIXTRAL.hidden * 4.5 / 8 / device.memory_bandwidth
-    few, many = Batch(64, 64 * 100), Batch(0, 0, ((8192, 0),))
-
-    def seconds(batch):
-        engine = Engine(load_hardware("b200"), MIXTRAL, Deployment(engine="trtllm", weight_precision="nvfp4"))
-        return engine.step(batch).parts["routed_experts"]
-
-    filled = [seconds(batch) for batch in (few, many)]
-    monkeypatch.setattr(experts, "NARROW_TILES", frozenset())
-    assert streamed < filled[0] < 1.4 * streamed
-    assert seconds(few) > 1.1 * filled[0]
-    assert seconds(many) == pytest.approx(filled[1], rel=0.02)
+def test_block_scaled_units_are_timed_as_fp8_with_one_scale_where_the_engine_has_such_a_kernel():
+    chosen = Engine(load_hardware("b200"), MIXTRAL, Deployment(engine="trtllm", weight_precision="nvfp4"))
+    chosen.step(FEW)
+    assert any("moe: dtype fp8 for nvfp4" in note for note in chosen.times.notes)
+    vllm = Engine(load_hardware("b200"), MIXTRAL, Deployment(engine="vllm", weight_precision="nvfp4"))
+    vllm.step(FEW)
+    assert any("moe: dtype fp8_block for nvfp4" in note for note in vllm.times.notes)
