@@ -175,6 +175,7 @@ class MoeLayers:
             weight_bytes=p.weight_bytes,
             activation_bytes=p.activation_bytes,
             compute_bits=p.compute_bits,
+            narrow_tiles=p.dtype in experts.NARROW_TILES,
             dispatched=self.exchanges_tokens and not self.exchange.gathers,
         )
         seconds, self.sigma["routed_experts"] = self._block(features, local)

@@ -37,8 +37,10 @@ DTYPES: dict[str, tuple[float, float, int]] = {
     "nvfp4": (4.5 / 8, 4.5 / 8, 4),
 }
 
-#: Formats of Blackwell's block-scaled units, which nobody measured.
-_SCALED_BY_UNITS = frozenset({"mxfp4_mxfp8", "nvfp4"})
+#: Formats of Blackwell's block-scaled units. Their kernels (TensorRT-LLM's, FlashInfer's in vLLM and SGLang) put the
+#: weights on the wide side of a tile and 8 to 64 tokens on the other (``calculate_tile_tokens_dim`` in both), so that
+#: few tokens leave no units idle, where Hopper's wait for rows to fill.
+NARROW_TILES = frozenset({"mxfp4_mxfp8", "nvfp4"})
 
 #: What the model takes, one array each.
 FEATURES = (
@@ -56,6 +58,7 @@ FEATURES = (
     "activation_bytes",
     "compute_bits",
     "tile_list",
+    "narrow_tiles",
 )
 
 #: (framework, dtype) -> kernel source an engine uses by default without expert parallelism: the newest measured.
@@ -81,7 +84,9 @@ def preferred_kernel(framework: str, dtype: str, *, expert_parallel: bool) -> st
     Nobody measured nvfp4, nor mxfp4 with mxfp8 inputs: they are timed as the engine's kernel of fp8 with one scale, if
     that was measured, else of block-scaled fp8 (why: `costs.timing`).
     """
-    if dtype in _SCALED_BY_UNITS:
+    if dtype == "mxfp4_mxfp8":
+        framework = "trtllm"  # vLLM has it from FlashInfer, whose kernels are TensorRT-LLM's
+    if dtype in NARROW_TILES:
         dtype = "fp8" if (framework, "fp8") in PREFERRED_KERNEL else "fp8_block"
     default = PREFERRED_KERNEL.get((framework, dtype))
     return PREFERRED_KERNEL_EP.get((framework, dtype), default) if expert_parallel else default
@@ -114,6 +119,7 @@ def features_of(
     activation_bytes: float,
     compute_bits: float,
     tile_list: float = 0.0,
+    narrow_tiles: bool = False,
     dispatched: bool = False,
 ) -> Features:
     """Features of one rank's expert block.
@@ -132,6 +138,8 @@ def features_of(
         Operand width of the matrix units: 32, 16, 8 or 4. [bit]
     tile_list : float
         Which list of tuned shapes the kernel goes by, see `tuned_tiles.list_number`.
+    narrow_tiles : bool
+        Whether tiles of few tokens fill the matrix units as wide ones do, see `NARROW_TILES`.
     dispatched : bool
         True where an all-to-all brought the rank only the tokens it serves (DeepEP). False, as measured: the rank
         holds all tokens of the expert-parallel group and skips what is not its own.
@@ -155,6 +163,7 @@ def features_of(
         "activation_bytes": one * activation_bytes,
         "compute_bits": one * compute_bits,
         "tile_list": one * tile_list,
+        "narrow_tiles": one * narrow_tiles,
     }
 
 
@@ -231,6 +240,8 @@ def breakdown(features: Features, parameters: Parameters, hardware: Hardware, co
     bound = tuned_tiles.fixed_rows(f["tile_list"], hardware.device.name, f["tokens"], f["local_experts"], inter)
     for rows in (16, 64):
         tiled = np.where(bound == rows, f[f"row_blocks_{rows}"] * (rows / q[f"default_{rows}"]), tiled)
+    full = np.minimum(tiled, f["row_blocks_16"] * (16 / q["flops_128"]))
+    tiled = np.where(f["narrow_tiles"] > 0, full, tiled)
     flops = tiled * flop_per_row / peak_flop_per_s(hardware, f["compute_bits"])
     width = np.maximum(f["activation_bytes"], _OUTPUT_BYTES)
     inner = up_width * width + inter * f["activation_bytes"]
