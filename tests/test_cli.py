@@ -100,6 +100,7 @@ def test_a_dense_model_has_no_cap_and_no_quality_note(simmoe):
     status, out, _ = simmoe("predict", "h100", "--model", "llama-3.1-8b")
     assert status == 0
     assert "dense" in out
+    assert "routing" not in out
     assert "not free" not in out
 
 

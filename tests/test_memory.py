@@ -207,6 +207,7 @@ def test_engines_mean_different_things_by_their_memory_fraction():
         (V3, {"total_experts": 300}, "exceeds the 256 experts"),
         (LITE, {"gpus": 16, "tp": 1, "dp": 16, "ep": 16, "total_experts": 40}, "ep 16 does not divide the 40"),
         (load_model("llama-3.1-8b"), {"gpus": 2, "tp": 1, "dp": 2, "ep": 2}, "has no experts"),
+        (load_model("llama-3.1-8b"), {"offload": {"cached_experts": 4}}, "no experts to keep in host memory"),
         (LITE, {"gpus": 28, "tp": 1, "pp": 28}, "pp 28 exceeds the 27 layers"),
     ],
 )

@@ -24,6 +24,8 @@ def check_layout(model: Model, deployment: Deployment) -> None:
         raise SpecError(f"pp {deployment.pp} exceeds the {model.layers} layers of {model.name}")
     if model.experts is None and deployment.ep > 1:
         raise SpecError(f"ep {deployment.ep}: {model.name} has no experts; leave ep at 1")
+    if model.experts is None and deployment.offload is not None:
+        raise SpecError(f"offload: {model.name} has no experts to keep in host memory; leave it out")
     active_and_pool(model, deployment)
 
 

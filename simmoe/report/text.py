@@ -127,6 +127,7 @@ def _assumptions(p: Prediction) -> Text:
     speculation = "no speculative decoding"
     if d.speculative is not None:
         speculation = f"speculative decoding ({d.speculative.in_words()})"
+    routing = f"routing {d.routing.in_words()}, " if p.model.experts is not None else ""
     return Text(
         f"{p.model.name} on {d.gpus} x {p.hardware.device.name} "
         f"({layout}, {d.replicas} replica{'s' * (d.replicas > 1)}), "
@@ -134,8 +135,7 @@ def _assumptions(p: Prediction) -> Text:
         f"{f' {d.engine_version}' if d.engine_version else ''}\n"
         f"{load}; {w.input.mean:g} input and {w.output.mean:g} output tokens ({w.input.kind}/{w.output.kind}); "
         f"at most {d.max_num_seqs} requests and {d.max_num_batched_tokens} tokens a step per data-parallel rank\n"
-        f"Assumed: routing {d.routing.in_words()}, no prefix-cache hits, "
-        f"{speculation}; engine host time "
+        f"Assumed: {routing}no prefix-cache hits, {speculation}; engine host time "
         f"{units.text(e.host_time_per_step, 's')} a step + {units.text(e.host_time_per_sequence, 's')} a request, "
         f"kernels x {e.kernel_slowdown:g}\n{_busiest(p)}"
     )
@@ -229,10 +229,11 @@ def _breakdown(predictions: Sequence[Prediction]) -> Table:
 
 def _confidence(p: Prediction) -> Text:
     percent = 100 * p.log_sigma
+    routing = "routing unlike the one assumed, " if p.model.experts is not None else ""
     return Text(
         f"\nHow sure: the mean step is off by {percent:.0f} % (one standard deviation), from the residuals of the "
         "kernel fits on shapes they never saw, part by part, and 50 % on what is only assumed (small kernels, host "
-        "time). Not in it: routing unlike the one assumed, an engine unlike the one assumed.\n"
+        f"time). Not in it: {routing}an engine unlike the one assumed.\n"
     )
 
 
