@@ -40,7 +40,16 @@ has, after three turnovers), as a scheduler's core is neither left alone nor alw
   8,192 and 12,288 entries, power 0.53.
 
 From 5,461 to 8,192 entries the two give 7 and 24 %, the third 14 %. That 14 % is also what makes the two overloaded
-runs of validate/vllm_showdown agree was known when it was chosen."""
+runs of validate/vllm_showdown agree was known when it was chosen. Measured again afterwards, without regard to them
+(CPython 3.12, the same kind of core, some 15 runnable processes on two; eight walks of a pool and eight of one half as
+large again in turn, 40 to 60 times, for 5 to 9 pools of each size), the sum of all walks an entry grows
+
+- from 5,461 to 8,192 entries by 15 % (8 to 43 % from pool to pool; a typical walk by 12 and, in 9 other pools, 14 %);
+- from 2,731 to 4,096, where a pool outgrows 512 KiB, by 43 %; from 1,365 to 2,048 by 28 %.
+
+Steps wait for sums of walks, not for the quickest tenth, whose 24 % is more because small pools are at times found in
+L2. So 14 % holds for such a core beside much other work, a core left alone grows by half of it, and one with more L2
+may grow by more at these pools. Which the hosts measured had is not known, and nothing singles out another value."""
 WARNING_ENTRIES = 230
 """A refusal's log line in entries of a small pool: 17 us beside 74 ns, measured with CPython's ``logging`` to a file, a
 formatter and a prefixing stream like vLLM's, on the same."""
