@@ -77,6 +77,13 @@ def test_the_date_of_another_engine_is_no_release_of_sglang():
     assert own > 2.0 * old
 
 
+def test_a_host_is_charged_to_its_own_engine_alone():
+    """SGLang's scheduler handles requests one by one; DeepSeek's profile is of the device."""
+    row = {"num_gpus": 128, "ep": 128, "dp": 128, "gpu": "H800-SXM", "batch_per_gpu": 128}
+    own, sglang = (outcome(**row, engine=name).comparisons[0].predicted for name in ("deepseek internal", "sglang"))
+    assert own > 1.02 * sglang
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

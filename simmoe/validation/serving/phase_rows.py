@@ -21,7 +21,7 @@ from simmoe.specs.mechanisms import Exchange
 from simmoe.specs.model import Model
 from simmoe.specs.routing import Routing
 from simmoe.validation.cells import Row, Unspoken, number, reason, text
-from simmoe.validation.serving.phases import R1_BALANCED, phase_step
+from simmoe.validation.serving.phases import NO_HOST, R1_BALANCED, phase_step
 from simmoe.validation.serving.rows import described_parts, speculating, speculation_of
 from simmoe.validation.summary import Comparison, Outcome
 
@@ -53,8 +53,8 @@ def _predict(row: Row) -> tuple[str, float, float, float]:
     drafts = speculation_of(row)
     hardware, model, deployment = described_parts(row, engine=_engine(row))
     deployment = speculating(deployment, drafts).vary(routing=_routing(row, model, deployment))
-    if text(row, "engine") != deployment.engine:  # the date of a row says nothing of another engine's release
-        deployment = deployment.vary(engine_version=None)
+    if text(row, "engine") != deployment.engine:  # neither a release nor the host's time is another engine's
+        deployment = deployment.vary(engine_version=None, **NO_HOST)
     context = number(row, "input_tokens")
     if not context:
         raise Unspoken("one phase measured, at a context that is not said")
