@@ -10,7 +10,7 @@ the next completion or shortage of KV blocks; an arrival that could join cuts it
 Equal to stepping one at a time, to the tick: tests/reference/sim_stepwise.py. Its gain is the mean length of a window:
 large for small batches and long outputs, near one where every step sees an arrival or a completion. A request costs
 at most three windows: one it ends by arriving, its prompt step, one it ends by finishing. A replica alone needs no
-event queue for that (`cluster`).
+event queue for that (`play`), and in an open loop most of its windows no decision either (`plain_run`).
 At one instant the order is: arrivals, then step ends by replica, then new batches.
 
 Scheduling may be asynchronous (vLLM's ``async_scheduling``): the step that begins when another ends was decided before
