@@ -49,7 +49,8 @@ large again in turn, 40 to 60 times, for 5 to 9 pools of each size), the sum of 
 
 Steps wait for sums of walks, not for the quickest tenth, whose 24 % is more because small pools are at times found in
 L2. So 14 % holds for such a core beside much other work, a core left alone grows by half of it, and one with more L2
-may grow by more at these pools. Which the hosts measured had is not known, and nothing singles out another value."""
+may grow by more at these pools. Which the hosts measured had is not known, and nothing singles out another value.
+`tests/benchmarks/test_bench_pool_walks.py` measures it."""
 WARNING_ENTRIES = 230
 """A refusal's log line in entries of a small pool: 17 us beside 74 ns, measured with CPython's ``logging`` to a file, a
 formatter and a prefixing stream like vLLM's, on the same."""
