@@ -2,8 +2,8 @@
 
 What `simmoe.sim.offload_books.POOL_GROWTH` stands for: an ``OrderedDict`` of 32-byte keys to ctypes structures, as
 vLLM's offloading manager has, after three turnovers; nothing in it may go, so that a walk reads every entry. Eight
-walks of one pool and eight of one half as large again take turns in thread time, so that both see the same neighbours. The
-figure depends on the core's L2 and on what else runs; it is printed, and asserted only loosely. Run with
+walks of one pool and eight of one half as large again take turns in thread time, so that both see the same neighbours.
+The figure depends on the core's L2 and on what else runs; it is printed, and asserted only loosely. Run with
 ``pytest -s -m slow tests/benchmarks/test_bench_pool_walks.py``.
 """
 
