@@ -39,6 +39,10 @@ from simmoe.steady.state import steady_state
 #: half the load, 0.6 and 1.1 s at 70 %, 0.7 and 1.5 s at 80 %. [-]
 QUEUED_FROM = 0.6
 
+#: FLOP a Hopper tile of 64 rows works off for every 16-bit number it reads: its matrix instructions take no fewer rows
+#: (wgmma, PTX ISA 9.7.15), nor does FlashAttention 3, however few tokens decode (hopper/tile_size.h). [FLOP/B]
+SMALLEST_TILE_FLOP_PER_BYTE = 64.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
@@ -197,7 +201,25 @@ def _told(deployment: Deployment, hardware: Hardware) -> tuple[str, ...]:
     """What the deployment says and the closed form does not know, or knows only of other releases."""
     release = release_note(deployment, hardware.device.name)
     offload = "kv_offload changes nothing here: prompts found again and preemptions are what `simmoe simulate` knows"
-    return (*((offload,) if deployment.kv_offload is not None else ()), *((release,) if release else ()))
+    return (
+        *((offload,) if deployment.kv_offload is not None else ()),
+        *((release,) if release else ()),
+        *_matrix_units_told(hardware),
+    )
+
+
+def _matrix_units_told(hardware: Hardware) -> tuple[str, ...]:
+    """A note for a Hopper whose matrix units are slower than its memory even on tiles of few tokens."""
+    device = hardware.device
+    ridge = device.flop_per_s("bfloat16") / device.memory_bandwidth
+    if device.architecture != "Hopper" or ridge >= SMALLEST_TILE_FLOP_PER_BYTE:
+        return ()
+    note = (
+        f"{device.name}: its matrix units do {ridge:.0f} FLOP in the time of a byte read (bf16), fewer than the "
+        f"{SMALLEST_TILE_FLOP_PER_BYTE:.0f} of the smallest tile, padded rows included: decoding over more than a few "
+        "requests is bound by them, not by its memory bandwidth"
+    )
+    return (note,)
 
 
 def _arrivals_told(workload: Workload) -> tuple[str, ...]:

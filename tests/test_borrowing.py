@@ -125,6 +125,23 @@ def test_wide_decode_steps_on_h20_are_near_the_published_ones(requests, ranks, t
     assert step.total_s == pytest.approx(requests * accepted / tokens_per_s, rel=0.2)
 
 
+def test_an_h20_shows_its_bandwidth_alone_and_its_matrix_units_in_a_crowd(simmoe):
+    """Weights of a dense model are read in 3.35 / 4.0 of an H100's time; over 64 requests 64-row tiles take over."""
+    alone, crowd = (
+        [
+            Engine(device, load_model("llama-3.1-8b"), Deployment()).step(Batch(n, 1152 * n)).total_s
+            for device in (H20, H100)
+        ]
+        for n in (1, 64)
+    )
+    assert alone[0] / alone[1] == pytest.approx(3.35 / 4.0, rel=0.1)
+    assert crowd[0] > 1.3 * crowd[1]
+    for device, told in (("h20", True), ("h100", False), ("h800", False), ("h200", False)):
+        assert (
+            "is bound by them, not by its memory bandwidth" in " ".join(simmoe("predict", device)[1].split())
+        ) == told
+
+
 @pytest.mark.parametrize("framework", ["vllm", "sglang", "trtllm"])
 @pytest.mark.parametrize("ep", [1, 4])
 def test_four_bit_blocks_never_decode_slower_than_eight_bit_ones(framework, ep):

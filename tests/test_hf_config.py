@@ -1,5 +1,7 @@
 """config.json to Model: each family gives the shipped preset; unknown ones are refused by name."""
 
+import json
+
 import pytest
 
 from simmoe.errors import SpecError
@@ -216,3 +218,15 @@ def test_a_missing_shape_is_named():
     broken = {key: value for key, value in CONFIGS["deepseek-v3"].items() if key != "moe_intermediate_size"}
     with pytest.raises(SpecError, match="moe_intermediate_size: missing"):
         model_from_hf(broken, "x")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "attends"),
+    [("GlmMoeDsaForCausalLM", "DeepSeek sparse attention"), ("Qwen3_5MoeForConditionalGeneration", "Gated DeltaNet")],
+)
+def test_attention_that_is_not_modelled_is_named(simmoe, tmp_path, architecture, attends):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture], "hidden_size": 6144}))
+    status, out, err = simmoe("predict", "h100", "--model", "config.json")
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert f"config.json: architectures: {architecture!r} is not supported (it attends " in err
+    assert attends in err

@@ -20,6 +20,18 @@ Config = Mapping[str, Any]
 Shapes = dict[str, Any]
 
 
+_LINEARLY = "linearly in most layers (Gated DeltaNet)"
+_BY_INDEX = "to tokens an index picks (DeepSeek sparse attention)"
+#: Architectures known for attention that has no counterpart here.
+_UNLIKE = {
+    "Qwen3NextForCausalLM": _LINEARLY,
+    "Qwen3_5MoeForCausalLM": _LINEARLY,
+    "Qwen3_5MoeForConditionalGeneration": _LINEARLY,
+    "DeepseekV32ForCausalLM": _BY_INDEX,
+    "GlmMoeDsaForCausalLM": _BY_INDEX,
+}
+
+
 def model_from_hf(config: Config, name: str) -> Model:
     """Build a Model from the contents of a config.json.
 
@@ -36,7 +48,8 @@ def model_from_hf(config: Config, name: str) -> Model:
     architecture = (config.get("architectures") or [str(config.get("model_type"))])[0]
     reader = READERS.get(architecture) or _BY_TYPE.get(str(config.get("model_type")))
     if reader is None:
-        raise SpecError(f"architectures: {architecture!r} is not supported; supported: {', '.join(READERS)}")
+        attends = f" (it attends {_UNLIKE[architecture]})" if architecture in _UNLIKE else ""
+        raise SpecError(f"architectures: {architecture!r} is not supported{attends}; supported: {', '.join(READERS)}")
     text = {**config, **config["text_config"]} if isinstance(config.get("text_config"), Mapping) else config
     precision = _native_precision(config if "quantization_config" in config else text)
     return Model.model_validate(
