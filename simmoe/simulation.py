@@ -19,10 +19,10 @@ import numpy as np
 from simmoe.costs.kv_offload import host_tier_of
 from simmoe.costs.memory import MemoryFootprint
 from simmoe.engine.step import Batch, StepTable
-from simmoe.errors import SpecError
+from simmoe.errors import SaturationError, SpecError
 from simmoe.metrics import Quantiles, RequestTable, ServingMetrics, meets
 from simmoe.output_analysis import batch_means_interval, t_interval
-from simmoe.predict import compiled_for
+from simmoe.predict import Compiled, compiled_for
 from simmoe.provenance import Provenance, stamp
 from simmoe.series import Series, StageMetrics, interval_series, stage_metrics
 from simmoe.sim.cluster import SimulationResult, simulate
@@ -38,6 +38,7 @@ from simmoe.specs.scenario import Scenario
 from simmoe.specs.traces import read_trace
 from simmoe.specs.workload import Workload
 from simmoe.steady.front_end import at_client
+from simmoe.steady.load_curve import load_curve, saturation_requests_per_s
 from simmoe.units import text
 
 #: Measured requests of an endless workload if nothing is said.
@@ -45,6 +46,8 @@ DEFAULT_REQUESTS = 2000
 _INTERVALS = 60
 #: A request alone that is lost more often than this before it ends makes runs that hardly end. [-]
 MOST_LOSSES = 20
+#: A rate this many times what can be carried is refused unless it ends. [-]
+_HOPELESS = 1000.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +133,7 @@ def run_scenario(
     s, plan = scenario, scenario.run
     parts = compiled_for(s.hardware, s.model, s.deployment, s.workload)
     _check_failures(s, parts.table)
+    _check_overload(s, parts)
     handover = _handover(s)
     requests = plan.requests
     if requests is None and plan.duration is None and not _ends(s.workload):
@@ -202,6 +206,20 @@ def _beyond_context(run: SimulationResult, model: Model) -> tuple[str, ...]:
     if beyond.all():
         raise SpecError(said)
     return (f"{said}; a server would refuse them",)
+
+
+def _check_overload(s: Scenario, parts: Compiled) -> None:
+    """Refuse a rate of which nearly all would only queue: so many arrivals, played to the end, take for ever."""
+    rate, d = s.workload.rate, s.deployment
+    if rate is None or s.run.drain or _ends(s.workload):
+        return
+    replicas = max(d.replicas, s.cluster.autoscaling.maximum if s.cluster.autoscaling else 0)
+    most = replicas * saturation_requests_per_s(load_curve(parts.table, d, s.workload, parts.memory.kv_tokens))
+    if rate > _HOPELESS * most:
+        raise SaturationError(
+            f"rate {rate:g} request/s is more than {_HOPELESS:g} times what can be carried, about {most:.4g}; lower "
+            "it, or give --drain (run: {drain: true}), which stops traffic after the last request measured"
+        )
 
 
 def averaged(metrics: Sequence[ServingMetrics]) -> ServingMetrics:

@@ -16,7 +16,7 @@ def _caps(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     try:
-        caps = tuple(int(part) for part in text.split(","))
+        caps = tuple(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
         raise SpecError(f"--active-experts {text!r}: give whole numbers with commas, e.g. 8,6,4,2") from None
     if not caps or min(caps) < 1:

@@ -22,7 +22,7 @@ from simmoe.costs.calibration import Calibration, OperatorFit, load
 from simmoe.costs.operators.base import Features, Operator
 from simmoe.costs.operators.host import is_host, operator_on
 from simmoe.costs.precision import WEIGHT_ONLY
-from simmoe.errors import CalibrationError
+from simmoe.errors import CalibrationError, SpecError
 from simmoe.specs.engines import KernelChoice
 from simmoe.specs.hardware import Hardware
 from simmoe.specs.load import calibration_path
@@ -220,6 +220,8 @@ def _figure(value: float) -> str:
 
 def kernel_times(hardware: Hardware, framework: str, kernels: Mapping[str, KernelChoice] | None = None) -> KernelTimes:
     """Kernel times from the hardware's own calibration, else its nearest neighbour's, else defaults. Notes which."""
+    if hardware.device.sms < 1:
+        raise SpecError(f"{hardware.name}: device.sms: missing; kernels are cut into tiles for so many multiprocessors")
     own = _load(calibration_path(hardware.calibration)) if hardware.calibration else None
     neighbour = _load(calibration_path(hardware.nearest_calibration)) if hardware.nearest_calibration else None
     if is_host(hardware):

@@ -96,7 +96,7 @@ def _read(result: Path) -> dict[str, Any] | list[dict[str, Any]]:
         data = json.loads(result.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SpecError(f"{result}: no such file; write one with `simmoe plan ... --json > {result}`") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as problem:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as problem:
         raise SpecError(f"{result}: cannot be read as JSON ({problem})") from None
     if isinstance(data, list) and data and all(isinstance(row, dict) and "point" in row for row in data):
         return data  # of a sweep

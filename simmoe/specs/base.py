@@ -57,8 +57,8 @@ def _quantity(unit: str) -> BeforeValidator:
 Bytes = Annotated[float, _quantity("byte"), Field(ge=0)]
 BytesPerSecond = Annotated[float, _quantity("byte/second"), Field(gt=0)]
 FlopPerSecond = Annotated[float, _quantity("FLOP/second"), Field(gt=0)]
-Seconds = Annotated[float, _quantity("second"), Field(ge=0)]
+Seconds = Annotated[float, _quantity("second"), Field(ge=0, le=1e10)]  # three centuries
 Watts = Annotated[float, _quantity("watt"), Field(gt=0)]
-PerSecond = Annotated[float, _quantity("1/second"), Field(gt=0)]
-PerSecondFromZero = Annotated[float, _quantity("1/second"), Field(ge=0)]
+PerSecond = Annotated[float, _quantity("1/second"), Field(gt=0, ge=1e-9, le=1e9)]
+PerSecondFromZero = Annotated[float, _quantity("1/second"), Field(ge=0, le=1e9)]
 UsdPerHour = Annotated[float, _quantity("USD/hour"), Field(gt=0)]

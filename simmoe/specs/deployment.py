@@ -87,7 +87,7 @@ class Deployment(Spec):
     prefix_caching: bool = Field(default=True, description="Prompts that share a head share its KV blocks.")
     nucleus_sampling: bool = Field(default=False, description="Tokens are drawn with top-p or top-k.")
     engine: EngineName = "vllm"
-    engine_version: str | None = None
+    engine_version: str | None = Field(default=None, min_length=1, max_length=60)
     host_time_per_step: Seconds | None = Field(default=None, description="Host time a step adds. [s] None: default.")
     engine_overrides: EngineOverrides | None = None
     kernel_slowdown: float = Field(default=1.0, gt=0, description="Factor on every kernel's time (old engines).")

@@ -32,6 +32,15 @@ _UNLIKE = {
 }
 
 
+#: Keys that count something of which there is at least one.
+_COUNTS = (
+    "hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "intermediate_size", "moe_intermediate_size", "num_local_experts", "n_routed_experts", "num_experts",
+    "num_experts_per_tok", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "moe_layer_freq",
+    "decoder_sparse_step", "interleave_moe_layer_step",
+)  # fmt: skip
+
+
 def model_from_hf(config: Config, name: str) -> Model:
     """Build a Model from the contents of a config.json.
 
@@ -51,6 +60,10 @@ def model_from_hf(config: Config, name: str) -> Model:
         attends = f" (it attends {_UNLIKE[architecture]})" if architecture in _UNLIKE else ""
         raise SpecError(f"architectures: {architecture!r} is not supported{attends}; supported: {', '.join(READERS)}")
     text = {**config, **config["text_config"]} if isinstance(config.get("text_config"), Mapping) else config
+    for key in _COUNTS:
+        value = text.get(key)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise SpecError(f"{key}: {value!r} will not do: a config.json states a whole number of 1 or more")
     precision = _native_precision(config if "quantization_config" in config else text)
     return Model.model_validate(
         {

@@ -91,7 +91,10 @@ def workload_from(contents: dict[str, Any], path: Path) -> Workload:
             if isinstance(lengths := values.get(name), dict) and "file" in lengths:
                 others = {key: value for key, value in lengths.items() if key != "file"}
                 values[name] = {"kind": "empirical", **others, "values": _counts(path.parent / str(lengths["file"]))}
-        if isinstance(trace := values.get("trace"), str):
+        trace = values.get("trace")
+        if trace is not None and not isinstance(trace, str) and not (isinstance(trace, dict) and "path" in trace):
+            raise SpecError(f"{path}: trace: {trace!r} will not do: give a file, or a mapping with its path")
+        if isinstance(trace, str):
             values["trace"] = trace = {"path": trace}
         if isinstance(trace, dict) and "path" in trace:
             values["trace"] = {**trace, "path": str(path.parent / str(trace["path"]))}
@@ -228,7 +231,15 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise SpecError(f"{path}: {line}is not YAML: {problem.problem}") from None
     except OSError as problem:
         raise SpecError(f"{path}: cannot be read: {problem.strerror}") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as problem:
+    except UnicodeDecodeError as problem:
+        raise SpecError(
+            f"{path}: is not UTF-8 text: byte {problem.start} is 0x{problem.object[problem.start]:02x}"
+        ) from None
+    except yaml.YAMLError as problem:
+        raise SpecError(f"{path}: cannot be read: {problem}".replace("\n", " ")) from None
+    except RecursionError:
+        raise SpecError(f"{path}: is nested too deeply") from None
+    except ValueError as problem:  # of a YAML date that is none
         raise SpecError(f"{path}: cannot be read: {problem}") from None
     if not isinstance(contents, dict):
         held = "is empty" if contents is None else f"holds a {type(contents).__name__}"
@@ -247,6 +258,8 @@ class _UniqueKeys(SafeLoader):  # type: ignore[misc]
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key is no plain text", key_node.start_mark)
             if key_node.value in seen and key_node.tag == "tag:yaml.org,2002:str":
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key_node.value!r} is given twice", key_node.start_mark

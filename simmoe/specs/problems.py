@@ -79,6 +79,8 @@ def _description(owner: type[BaseModel] | None, name: str) -> str:
 def _owner(kind: type[BaseModel], place: list[str]) -> type[BaseModel] | None:
     owner: type[BaseModel] | None = kind
     for part in place:
+        if part.isdigit():  # of a list, whose entries are the owner's kind
+            continue
         field = owner.model_fields.get(part) if owner else None
         owner = _spec_in(field.annotation) if field else None
     return owner
@@ -87,7 +89,7 @@ def _owner(kind: type[BaseModel], place: list[str]) -> type[BaseModel] | None:
 def _spec_in(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    if get_origin(annotation) in {Union, UnionType, Annotated}:
+    if get_origin(annotation) in {Union, UnionType, Annotated, tuple, list}:
         for argument in get_args(annotation):
             if (found := _spec_in(argument)) is not None:
                 return found

@@ -26,7 +26,9 @@ class Routing(Spec):
     )
     exponent: float = Field(default=1.0, ge=0, description="Of the Zipf law (zipf, domains, hash). [-]")
     concentration: float = Field(default=1.0, gt=0, description="Dirichlet parameter of each expert; large: uniform.")
-    layers_drawn: int = Field(default=8, ge=1, description="dirichlet: different layers drawn, each standing for many.")
+    layers_drawn: int = Field(
+        default=8, ge=1, le=1000, description="dirichlet: different layers drawn, each standing for many."
+    )
     orders: int = Field(
         default=1,
         ge=1,

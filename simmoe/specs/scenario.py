@@ -29,12 +29,14 @@ class Run(Spec):
     with a fixed number of prompts; without, load goes on to the end, as in a steady state.
     """
 
-    requests: int | None = Field(default=None, ge=1, description="Requests measured.")
+    requests: int | None = Field(default=None, ge=1, le=100_000_000, description="Requests measured.")
     duration: Seconds | None = Field(default=None, gt=0, description="Measure who arrives within this time. [s]")
     warmup: float | Literal["mser"] | None = Field(default=None, description="Share of requests dropped, or mser.")
     drain: bool = False
     seed: int = Field(default=0, ge=0)
-    replications: int = Field(default=1, ge=1, description="Runs with seeds of their own; intervals are across them.")
+    replications: int = Field(
+        default=1, ge=1, le=100_000, description="Runs with seeds of their own; intervals are across them."
+    )
     interval: Seconds | None = Field(default=None, gt=0, description="Length of the intervals of the series. [s]")
 
     @field_validator("warmup", mode="before")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, GetJsonSchemaHandler, ValidationInfo, model_validator
+from pydantic import Field, GetJsonSchemaHandler, ValidationError, ValidationInfo, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import core_schema
 
@@ -114,7 +114,7 @@ class Arrivals(Spec):
     """
 
     kind: Literal["poisson", "gamma", "on_off", "diurnal", "staged"] = "poisson"
-    cv: float = Field(default=1.0, gt=0, description="gamma: coefficient of variation of gaps. [-]")
+    cv: float = Field(default=1.0, gt=0, le=100, description="gamma: coefficient of variation of gaps. [-]")
     on_time: Seconds = Field(default=30.0, gt=0, description="on_off: mean length of a burst. [s]")
     off_time: Seconds = Field(default=30.0, gt=0, description="on_off: mean length between bursts. [s]")
     peak: float | None = Field(
@@ -210,7 +210,10 @@ class Workload(Spec):
             return given
         arrivals = given.get("arrivals")
         if isinstance(arrivals, dict):
-            arrivals = Arrivals.model_validate(arrivals, context=info.context) if "stages" in arrivals else None
+            try:
+                arrivals = Arrivals.model_validate(arrivals, context=info.context) if "stages" in arrivals else None
+            except ValidationError:  # told of the field, by its key
+                return given
         rate = arrivals.mean_rate if isinstance(arrivals, Arrivals) else None
         return given if rate is None else {**given, "rate": f"{rate!r} request/s"}
 
