@@ -14,7 +14,7 @@ from reference.sim_stepwise import TICK
 from test_sim import constant_steps
 from test_sim_twin import lengths, make_table, tiers
 
-from simmoe.errors import SpecError
+from simmoe.errors import CapacityError, SpecError
 from simmoe.sim.arrivals import Streams
 from simmoe.sim.cluster import simulate
 from simmoe.sim.disaggregated import Handover, Transfer, transfer_of
@@ -402,3 +402,18 @@ def test_more_replicas_than_the_deployment_has_are_told_and_used(simmoe, tmp_pat
     assert "autoscaling: 1 replica at the start, by load 1 to 4, so up to 4 devices" in out
     most = re.search(r"replicas on, mean / most\D+[\d.]+ / (\d)", out)
     assert most and int(most[1]) > 1
+
+
+def test_a_link_too_slow_to_end_a_run_is_refused():
+    """Sending falls behind by as many times as a run that keeps its load up would play the requests it measures."""
+    workload = Workload(rate=5.0, input=Lengths(mean=10), output=Lengths(mean=5))
+    setup = PoolSetup(table=TABLE, deployment=SMALL, kv_tokens=2000)
+
+    def run(seconds_per_token, **options):
+        handover = Handover(decode=setup, transfer=Transfer(latency_s=0.0, seconds_per_token=seconds_per_token))
+        return simulate(TABLE, workload, SMALL, 2000, handover=handover, requests=20, **options)
+
+    with pytest.raises(CapacityError, match="link is 500 times too slow"):
+        run(10.0)
+    run(10.0, keep_load=False)  # which nobody's coming prolongs
+    assert run(0.1).metrics.e2e.mean > 4 * run(0.001).metrics.e2e.mean  # a link five times too slow saturates

@@ -26,6 +26,10 @@ from simmoe.specs.engines import EngineParameters
 from simmoe.specs.traces import read_trace
 from simmoe.specs.workload import Workload
 
+MOST_LINK_LOAD = 100.0
+"""Seconds of sending per second of arrivals beyond which a KV link is refused: a run that keeps its load up plays as
+many times the requests that it measures."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulationResult:
@@ -153,6 +157,8 @@ def simulate(
                 f"{limits.max_num_seqs}{rows}: a step could not give every running request a token"
                 f"{' and its drafts' if rows else ''}"
             )
+    if handover is not None and keep_load and workload.open_loop and workload.rate is not None:
+        _check_link(handover, workload, workload.rate, setup.replicas * deployment.dp)
     run = Play(
         setup,
         workload,
@@ -166,6 +172,17 @@ def simulate(
     )
     run.run(requests, None if duration_s is None else to_ticks(duration_s), keep_load=keep_load)
     return _result(run, kv_tokens, warmup, seed)
+
+
+def _check_link(handover: Handover, workload: Workload, rate: float, links: int) -> None:
+    """Refuse a link so slow that its queue, which grows for as long as requests come, would keep a run from its end."""
+    busy = rate / links * workload.input.mean * handover.transfer.seconds_per_token
+    if busy > MOST_LINK_LOAD:
+        raise CapacityError(
+            f"disaggregation.link is {busy:,.0f} times too slow: at {rate:g} requests/s of {workload.input.mean:g} "
+            f"prompt tokens the KV caches of one second take each of {links} prefill ranks {busy:,.0f} s to send; "
+            "raise the link's bandwidth or lower the rate"
+        )
 
 
 def _result(run: Play, kv_tokens: int, warmup: float | Literal["mser"] | None, seed: int) -> SimulationResult:
