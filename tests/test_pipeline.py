@@ -17,6 +17,8 @@ from simmoe.sim.cluster import simulate
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.workload import Lengths, Workload
+from simmoe.steady.load_curve import load_curve
+from simmoe.steady.state import steady_state
 
 H200 = load_hardware("h200")
 MODELS = {name: load_model(name) for name in ("deepseek-v3", "qwen3-30b-a3b", "llama-3.1-70b")}
@@ -235,6 +237,26 @@ def test_closed_form_and_simulation_agree(concurrency, pp, seed):
     run = simulate(parts.table, workload, staged(pp, tp=1), parts.memory.kv_tokens, requests=requests, seed=seed)
     told = predict(H200, model, staged(pp, tp=1), workload).metrics
     assert told.output_tokens_per_s == pytest.approx(run.metrics.output_tokens_per_s, rel=0.06)
+
+
+@pytest.mark.parametrize("engine_name", ["sglang", "vllm"])
+@pytest.mark.parametrize(("pp", "prompt", "kind"), [(2, 8000, "fixed"), (2, 8192, "fixed"), (4, 8000, "fixed"),
+                                                    (2, 8000, "uniform")])  # fmt: skip
+def test_successive_prompts_of_a_batch_each_fill_the_stages(engine_name, pp, prompt, kind):
+    """Closed form and simulation alike; 8,000 tokens overlapped in simulation alone, 8,192 in neither."""
+    model, deployment = MODELS["qwen3-30b-a3b"], staged(pp, tp=1, engine=engine_name)
+    varied = {"low": prompt // 2, "high": 3 * prompt // 2} if kind == "uniform" else {}
+    load = Workload(concurrency=32, input=Lengths(kind=kind, mean=prompt, **varied), output=Lengths(mean=200))
+    parts = compiled_for(H200, model, deployment, load)
+    run = simulate(parts.table, load, deployment, parts.memory.kv_tokens, requests=192, seed=1).metrics
+    curve = load_curve(parts.table, deployment, load, parts.memory.kv_tokens)
+    told, _ = steady_state(curve, deployment, load, parts.memory.kv_tokens)
+    assert told.output_tokens_per_s == pytest.approx(run.output_tokens_per_s, rel=0.1)
+    if kind == "fixed":
+        one = staged(1, tp=1, engine=engine_name)
+        alone = compiled_for(H200, model, one, load)
+        flat = simulate(alone.table, load, one, alone.memory.kv_tokens, requests=192, seed=1).metrics
+        assert run.output_tokens_per_s > 0.6 * pp * flat.output_tokens_per_s
 
 
 def test_steps_that_now_and_then_hold_two_prompts_are_between_those_of_one_and_of_two():

@@ -38,6 +38,7 @@ def make_table(
         prefill_per_cached_s=4e-6,
         prefill_walk_base_s=1e-4,
         prefill_walk_s=1.5e-5,
+        batch_tokens=24,
     )
 
 

@@ -1,8 +1,9 @@
 """Pipeline stages: which layers each holds, what a step waits for when they are unequal or not filled, the hand-over.
 
 Model: a step's batch is cut into ``b`` equal micro-batches that pass ``p`` stages one behind another: one for each
-request, or each prompt chunk in steps that compute prompts, at most as many as stages. A chunk is not cut, so a prompt
-alone runs through all stages as through one device, and a single request gains nothing.
+request, or in steps that compute prompts each prompt's chunk or each full batch of tokens, at most as many as stages. A
+continuous step has a budget of tokens for every stage, as its batches are scheduled one by one: so successive prompts
+fill the stages. A prompt of one batch alone runs through all stages as through one device, and gains nothing.
 
 - *continuous*: steps follow each other without draining, as the batches of vLLM's queue do (``step_with_batch_queue``
   of ``vllm/v1/engine/core.py``: as many in flight as stages) and those of SGLang's ring. A micro-batch returns to the
@@ -18,8 +19,8 @@ prompt tokens for its output 14 % too low against 48 %.
 Stages are cut as vLLM cuts them. Between stages go the hidden state and the residual of each token (vLLM's
 ``IntermediateTensors``), each tensor-parallel rank sending its share, over the network where the next stage is in
 another node: alpha-beta as in `collectives`. Left out: sampled tokens on their way back, micro-batches of unequal size
-(vLLM's queue does not even them out), chunks of one prompt behind each
-other, dense layers elsewhere than in front. Checked in: tests/test_pipeline.py.
+(vLLM's queue does not even them out), how stages fill and drain around a prompt of some batches alone, dense layers
+elsewhere than in front. Checked in: tests/test_pipeline.py.
 """
 
 from __future__ import annotations

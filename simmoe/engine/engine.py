@@ -28,7 +28,7 @@ from simmoe.costs.speculation import Drafts, drafter
 from simmoe.costs.timing import KernelTimes, kernel_times
 from simmoe.engine.dense_layers import DenseLayers
 from simmoe.engine.matrices import Matrix, before_attention, cross_keys, cross_queries, token_matrices
-from simmoe.engine.step import UNFITTED_LOG_SIGMA, Batch, StepBreakdown, spread
+from simmoe.engine.step import UNFITTED_LOG_SIGMA, Batch, StepBreakdown, micro_batches, spread
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.engines import EngineParameters, engine_kernels, engine_parameters
 from simmoe.specs.hardware import Hardware
@@ -317,11 +317,11 @@ class Engine:
             return StepBreakdown(**{f"{n}_s": s for n, s in both.items()}, log_sigma=spread(both, sigma))
         rows = self.rows(np.array([max(batch.rows(self.width), 1)], dtype=np.float64))
         attention = self._attention(batch)
-        chunks = len(batch.prefill_chunks)
+        chunks = self._micro_batches(batch)
         timed = self.token_parts(rows, attention, min(chunks, self.deployment.pp) or None)
         if chunks:
             timed["pipeline"] = self.waiting(timed, rows, None, chunks)
-        finishing = chunks if finishing_prompts is None else finishing_prompts
+        finishing = len(batch.prefill_chunks) if finishing_prompts is None else finishing_prompts
         sequences = batch.decode_requests * self.width + finishing
         timed["head"] = self.head(np.array([sequences], dtype=np.float64))
         timed["attention"] = np.array([attention])
@@ -333,13 +333,18 @@ class Engine:
         named = {f"{name}_s": value for name, value in parts.items()}
         return StepBreakdown(**named, log_sigma=spread(parts, {name: np.max(s) for name, s in self.sigma.items()}))
 
+    def _micro_batches(self, batch: Batch) -> int:
+        """Those of a step with prompts that follow each other through stages; 0: it has none."""
+        chunks, d = len(batch.prefill_chunks), self.deployment
+        return micro_batches(chunks, batch.rows(self.width), d.max_num_batched_tokens * d.dp) if chunks else 0
+
     def _attention(self, batch: Batch) -> float:
         attention = 0.0
         if batch.decode_requests:
             mean = batch.decode_context_tokens / batch.decode_requests
             kernel = self.mixed_attention if batch.prefill_chunks else self.decode_attention
             attention += float(kernel(np.array([batch.decode_requests]), np.array([mean]))[0])
-        d, chunks = self.deployment, len(batch.prefill_chunks)
+        d, chunks = self.deployment, self._micro_batches(batch)
         in_flight = np.array([float(min(max(chunks, 1), d.pp))])
         share = float(pipeline.prompt_share(in_flight, d.pp, drained=self.drained)[0]) / d.dp
         for new, cached in batch.prefill_chunks:  # spread over the data-parallel ranks

@@ -136,8 +136,8 @@ class StepTable:
     least prefill_walk_base_s + prefill_walk_s * keys, keys being the most that a chunk's last token sees: however few
     tokens are new, somebody walks over what is cached before them.
     In a step that has both, mixed_base_s and mixed_per_context_s stand in for the decode terms, if given. In a pipeline
-    steps with c prompt chunks have prompt_token_s[i, rows] for the first term and prompt_shares[i] of the prefill
-    terms, i = min(c, stages) - 1.
+    steps with c prompt chunks, or c times batch_tokens rows, have prompt_token_s[i, rows] for the first term and
+    prompt_shares[i] of the prefill terms, i = min(c, stages) - 1.
     With data-parallel ranks, counts are the whole replica's, evenly spread over the ranks.
     ``steps_ahead``: steps decided before the running one ends, 0 or 1 (asynchronous scheduling).
     """
@@ -159,6 +159,7 @@ class StepTable:
     prefill_per_cached_s: float = 0.0
     prefill_walk_base_s: float = 0.0
     prefill_walk_s: float = 0.0
+    batch_tokens: int = 1 << 40
 
     def __post_init__(self) -> None:
         if self.prompt_token_s is None:  # no pipeline: a step's prompts make one batch with its decodes
@@ -224,7 +225,8 @@ class StepTable:
         return total
 
     def _micro_batches(self, batch: Batch) -> int:
-        return min(len(batch.prefill_chunks), len(self.prompts[1])) - 1
+        found = micro_batches(len(batch.prefill_chunks), batch.rows(self.rows_per_decode), self.batch_tokens)
+        return min(found, len(self.prompts[1])) - 1
 
     def _tokens_s(self, batch: Batch) -> float:
         rows = batch.rows(self.rows_per_decode)
@@ -261,6 +263,11 @@ def _of_prompts(batch: Batch, terms: tuple[float, float, float, float]) -> float
     pairs = sum(n * cached + n * (n + 1) / 2 for n, cached in batch.prefill_chunks)
     cached_tokens = sum(cached for new, cached in batch.prefill_chunks if new > 1)  # one token attends as a decode does
     return terms[0] + terms[1] * batch.prompt_tokens + terms[2] * pairs + terms[3] * cached_tokens
+
+
+def micro_batches(chunks: int, rows: int, most: int) -> int:
+    """Those of a step with prompts in a pipeline: one for each chunk, or for each full batch of ``most`` rows."""
+    return max(chunks, rows // most)
 
 
 def _longest(batch: Batch) -> int:

@@ -98,6 +98,7 @@ def step_table(engine: Engine, *, mean_context: float, prompt_tokens: float) -> 
         prefill_per_cached_s=cached,
         prefill_walk_base_s=walk_base,
         prefill_walk_s=walk,
+        batch_tokens=d.max_num_batched_tokens * d.dp,
     )  # fmt: skip
 
 

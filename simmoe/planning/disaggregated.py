@@ -111,7 +111,7 @@ def _capacity(layout: Layout, workload: Workload) -> _Capacity:
     def step_s(chunk: float) -> float:
         return float(times.mixed_s(np.zeros(1), np.array([chunk]), np.ones(1))[0])
 
-    most = min(replica.max_num_batched_tokens, table.max_tokens // replica.dp)
+    most = min(replica.rank_tokens, table.max_tokens // replica.dp)
     alone = min(tokens, most)
     full = replica.dp * max(1, int(most // tokens)) * alone
     return _Capacity(layout, full / tokens / step_s(full), step_s(alone) * tokens / alone, _sigma(layout))

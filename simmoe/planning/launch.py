@@ -85,7 +85,12 @@ def sglang(model: Model, replica: Deployment, hardware: Hardware, role: str = "s
         words += ["--ep-size", d.ep]
         if d.dp > 1:
             words += ["--moe-a2a-backend", "deepep"]
-    words += ["--max-running-requests", d.requests_per_replica, "--chunked-prefill-size", d.tokens_per_replica]
+    words += [
+        "--max-running-requests",
+        d.requests_per_replica,
+        "--chunked-prefill-size",
+        d.max_num_batched_tokens * d.dp,
+    ]
     words += ["--mem-fraction-static", f"{d.memory_fraction:g}"]
     words += _quantised(model, d)
     if d.kv_precision == "fp8":

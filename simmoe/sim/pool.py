@@ -101,7 +101,7 @@ class Pool:
                         if acceptance is None
                         else DrawnPool(setup.kv_tokens // dp, deployment.kv_block_size),
                         max_num_seqs=deployment.max_num_seqs,
-                        max_num_batched_tokens=deployment.max_num_batched_tokens,
+                        max_num_batched_tokens=deployment.rank_tokens,
                         policy=decide,
                         prefix_caching=deployment.prefix_caching,
                         rows_per_decode=deployment.rows_per_decode,

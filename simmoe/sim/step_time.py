@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from simmoe.engine.step import micro_batches
 from simmoe.sim.scheduler import Scheduler
 from simmoe.sim.ticks import TickTable, to_ticks
 
@@ -22,7 +23,7 @@ def single_step(table: TickTable, s: Scheduler) -> tuple[int, int]:
     if not s.chunks:
         slope = table.per_context[decoding]
         return table.decode[decoding] + slope * s.context, slope * decoding * s.stride
-    token, attention = table.of_chunks(len(s.chunks))
+    token, attention = table.prompts[_micro_batches(table, s, 1) - 1]
     tokens, sampled, prefill = _chunks(attention, s, 1)
     rows = decoding * s.width
     time = token[tokens + rows] + table.head[sampled + rows] + prefill
@@ -39,10 +40,12 @@ def lockstep(table: TickTable, ranks: Sequence[Scheduler], steps: int, *, exchan
     """
     dp = len(ranks)
     most_tokens = all_tokens = most_sampled = slowest_prefill = 0
-    fewest_chunks = min((len(s.chunks) for s in ranks if s.chunks), default=0)
+    fewest = min((_micro_batches(table, s, dp) for s in ranks if s.chunks), default=0)
     lines = []
     for s in ranks:
-        tokens, sampled, prefill = _chunks(table.of_chunks(len(s.chunks))[1], s, dp) if s.chunks else (0, 0, 0)
+        tokens, sampled, prefill = (0, 0, 0)
+        if s.chunks:
+            tokens, sampled, prefill = _chunks(table.prompts[_micro_batches(table, s, dp) - 1][1], s, dp)
         b = s.stepping
         rows = b * s.width
         all_tokens += tokens + rows
@@ -58,7 +61,7 @@ def lockstep(table: TickTable, ranks: Sequence[Scheduler], steps: int, *, exchan
     for other_first, other_growth in lines:
         if other_growth > growth:
             steps = min(steps, (first - other_first) // (other_growth - growth) + 1)
-    token = table.of_chunks(fewest_chunks)[0] if fewest_chunks else table.token
+    token = table.prompts[fewest - 1][0] if fewest else table.token
     common = token[all_tokens if exchange else dp * most_tokens] + table.head[dp * most_sampled] + slowest_prefill
     return (_with_loads(common + first, ranks) if any(s.loading for s in ranks) else common + first), growth, steps
 
@@ -69,6 +72,15 @@ def _with_loads(time: int, ranks: Sequence[Scheduler]) -> int:
     assert tier is not None
     load = to_ticks(tier.latency_s) + to_ticks(tier.seconds_per_token) * max(s.loading for s in ranks)
     return max(time, load) if tier.layerwise else time + load
+
+
+def _micro_batches(table: TickTable, s: Scheduler, dp: int) -> int:
+    """Micro-batches that a rank's planned step makes, at most as many as there are pipeline stages."""
+    stages = len(table.prompts)
+    if stages == 1:
+        return 1
+    rows = s.stepping * s.width + sum(new for _, new, _ in s.chunks)
+    return min(micro_batches(len(s.chunks), dp * rows, table.batch_tokens), stages)
 
 
 def _chunks(attention: list[int], s: Scheduler, dp: int) -> tuple[int, int, int]:

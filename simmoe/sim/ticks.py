@@ -40,7 +40,7 @@ class TickTable:
     """A `StepTable` in ticks. ``decode[b]`` is the whole context-free part of a pure decode step of b requests.
 
     ``per_context`` and ``mixed_per_context`` are per grain of context (`kv_cache`). ``prompts[i]`` is of steps with
-    i + 1 prompt chunks, the last also of steps with more: the part that depends on the tokens alone, and the prompts'
+    i + 1 micro-batches of prompts: the part that depends on the tokens alone, and the prompts'
     attention (base, per new token, per pair, per cached token; and the longest walk's base and per token).
     """
 
@@ -52,6 +52,7 @@ class TickTable:
     per_context: list[int]
     mixed_base: list[int]
     mixed_per_context: list[int]
+    batch_tokens: int
 
     @classmethod
     def of(cls, table: StepTable, *, max_tokens: int, max_requests: int, grain: int = 1) -> TickTable:
@@ -94,11 +95,8 @@ class TickTable:
             per_context=slope,
             mixed_base=mixed[0],
             mixed_per_context=mixed[1],
+            batch_tokens=table.batch_tokens,
         )
-
-    def of_chunks(self, chunks: int) -> tuple[list[int], list[int]]:
-        """The entry of ``prompts`` for a step with so many chunks."""
-        return self.prompts[min(chunks, len(self.prompts)) - 1]
 
 
 def window_ticks(first: int, growth: int, steps: int) -> int:

@@ -78,7 +78,7 @@ class Deployment(Spec):
     kv_offload: KvOffload | None = Field(default=None, description="KV blocks in host memory; None: device only.")
     speculative: Speculative | None = Field(default=None, description="Drafted tokens; None: one token a step.")
     max_num_seqs: int = Field(default=256, ge=1, description="Requests running together on one data-parallel rank.")
-    max_num_batched_tokens: int = Field(default=8192, ge=1, description="Tokens in one step of one dp rank.")
+    max_num_batched_tokens: int = Field(default=8192, ge=1, description="Tokens in one batch of one dp rank.")
     memory_fraction: float = Field(default=0.9, gt=0, le=1, description="Share of device memory the engine may use.")
     kv_block_size: int = Field(default=16, ge=1, description="Tokens per KV block.")
     kv_blocks: int | None = Field(
@@ -155,7 +155,12 @@ class Deployment(Spec):
     @property
     def tokens_per_replica(self) -> int:
         """Tokens one engine may compute in a step, over its data-parallel ranks."""
-        return self.max_num_batched_tokens * self.dp
+        return self.rank_tokens * self.dp
+
+    @property
+    def rank_tokens(self) -> int:
+        """Tokens one data-parallel rank may compute in a step: a batch for every pipeline stage, if they overlap."""
+        return self.max_num_batched_tokens * (self.pp if self.pipeline == "continuous" else 1)
 
     @property
     def replicas(self) -> int:

@@ -56,7 +56,7 @@ class StepTimes:
         self.varied = _cv2(workload.input)
         self.context_cv = _context_cv(workload)
         self.largest = _largest_normal(self.dp)
-        self.most_each = float(deployment.max_num_batched_tokens)
+        self.most_each = float(deployment.rank_tokens)
 
     def fullest(self, decoding: Array) -> Array:
         """Context of the fullest rank over the mean rank's. [-]"""
@@ -133,7 +133,10 @@ class StepTimes:
         """Step of so many rows and prompts; ``prompts``: their tokens, pairs, and tokens cached before. [s]"""
         table = self.table
         slowest, pairs, cached = prompts
-        tokens_s, share_shown = _with_prompts(table, rows, cohort)
+        full = rows / table.batch_tokens
+        # of varied lengths, the mean of what is rounded down
+        full = np.maximum(full - 0.5, 0.0) if self.varied else np.floor(full + 1e-9)
+        tokens_s, share_shown = _with_prompts(table, rows, np.maximum(cohort, full))
         base_s, per_token_s, per_pair_s, per_cached_s = table.prefill_terms
         return np.asarray(
             tokens_s

@@ -25,7 +25,7 @@ class Engines:
         total = kv_tokens // d.dp // d.kv_block_size
         self.engines = [
             [
-                Rank(total, d.kv_block_size, d.max_num_seqs, d.max_num_batched_tokens, policy, tier,
+                Rank(total, d.kv_block_size, d.max_num_seqs, d.rank_tokens, policy, tier,
                      **drawn)
                 for _ in range(d.dp)
             ]

@@ -361,7 +361,8 @@ def step_time(table, ranks, exchange):
                 ticks(table.decode_base_s[b]) + ticks(table.decode_per_context_s[b] / grain) * int(context * grain)
             )
         if chunks:
-            by_batches.append(min(len(chunks), len(table.prompt_shares)))
+            full = dp * sum(new for _, new in rank.work) // table.batch_tokens
+            by_batches.append(min(max(len(chunks), full), len(table.prompt_shares)))
             share = table.prompt_shares[by_batches[-1] - 1]
             new = dp * sum(n for _, n in chunks)
             pairs = dp * sum(n * job.computed + n * (n + 1) // 2 for job, n in chunks)
@@ -404,7 +405,7 @@ def simulate_stepwise(
     drawn = drawing(deployment, streams)
     engines = [
         [
-            Rank(kv_tokens // dp // block, block, deployment.max_num_seqs, deployment.max_num_batched_tokens, policy,
+            Rank(kv_tokens // dp // block, block, deployment.max_num_seqs, deployment.rank_tokens, policy,
                  tier, **drawn)
             for _ in range(dp)
         ]
