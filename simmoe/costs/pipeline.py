@@ -13,8 +13,7 @@ fill the stages. A prompt of one batch alone runs through all stages as through 
   equal stages is GPipe's ``(b + p - 1) / b`` of a step without bubble (Huang et al., arXiv 1811.06965, sec. 2.3).
 
 The first is the default. Nine published maximum-load runs on four stages (validate/serving, TensorRT-LLM's Qwen3-235B
-on RTX PRO 6000) are met within 14 % on average with it, within 18 % if steps with prompts drain, the one with the most
-prompt tokens for its output 14 % too low against 48 %.
+on RTX PRO 6000) are met within 9 % on average with it, within 44 % (all too low) if every step drains.
 
 Stages are cut as vLLM cuts them. Between stages go the hidden state and the residual of each token (vLLM's
 ``IntermediateTensors``), each tensor-parallel rank sending its share, over the network where the next stage is in

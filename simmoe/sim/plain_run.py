@@ -144,7 +144,7 @@ class PlainRun:
         s.blocks_held = held = pool.total - free - need / 2
         for request in joining:
             s.enter(request, now)
-        token, attention = table.of_chunks(prompts)
+        token, attention = table.prompts[table.micro_batches(prompts, rows) - 1]
         time = token[rows] + table.head[running]
         time += prompts_attention(attention, 1, tokens, pairs, 0, longest if longest > 1 else 0)
         if decoding:

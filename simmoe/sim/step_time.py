@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from simmoe.engine.step import micro_batches
 from simmoe.sim.scheduler import Scheduler
 from simmoe.sim.ticks import TickTable, to_ticks
 
@@ -76,11 +75,10 @@ def _with_loads(time: int, ranks: Sequence[Scheduler]) -> int:
 
 def _micro_batches(table: TickTable, s: Scheduler, dp: int) -> int:
     """Micro-batches that a rank's planned step makes, at most as many as there are pipeline stages."""
-    stages = len(table.prompts)
-    if stages == 1:
+    if len(table.prompts) == 1:
         return 1
     rows = s.stepping * s.width + sum(new for _, new, _ in s.chunks)
-    return min(micro_batches(len(s.chunks), dp * rows, table.batch_tokens), stages)
+    return table.micro_batches(len(s.chunks), dp * rows)
 
 
 def _chunks(attention: list[int], s: Scheduler, dp: int) -> tuple[int, int, int]:

@@ -14,7 +14,7 @@ from math import isqrt, sqrt
 import numpy as np
 from numpy.typing import NDArray
 
-from simmoe.engine.step import StepTable
+from simmoe.engine.step import StepTable, micro_batches
 from simmoe.errors import SpecError
 
 TICKS_PER_S = 1 << 60
@@ -97,6 +97,11 @@ class TickTable:
             mixed_per_context=mixed[1],
             batch_tokens=table.batch_tokens,
         )
+
+    def micro_batches(self, chunks: int, rows: int) -> int:
+        """Micro-batches of a step with so many prompt chunks, of the replica's rows; at most as many as stages."""
+        stages = len(self.prompts)
+        return 1 if stages == 1 else min(micro_batches(chunks, rows, self.batch_tokens), stages)
 
 
 def window_ticks(first: int, growth: int, steps: int) -> int:
