@@ -81,21 +81,21 @@ def time_per_output_token(
     stay = output / workload.output.mean
     kept = np.where(stay < 1.0, 1.0 - stay / 3.0, (1.0 - 1.0 / (3.0 * stay)) / stay)
     seen = np.maximum(running[:, None] + np.sqrt(kept) * (number - running[:, None]), 1.0)
-    state_s = np.interp(seen, curve.in_flight, curve.tpot_s)
+    per_token = curve.steps_per_token(workload)
+    state_s = np.interp(seen, curve.in_flight, curve.decode_step_s) * queue.stretch[:, None] * per_token
 
-    first_s = queue.decode_s[:, None]
-    longer = (queue.after_token * (queue.gap_s - first_s)).sum(axis=1)
-    square = (queue.after_token * (queue.gap_square - 2 * queue.gap_s * first_s + first_s**2)).sum(axis=1)
-    variance = np.maximum(square - longer**2, 0.0)
-    if not curve.prompts_first:  # a long step brings another
-        variance = variance * (1.0 + queue.echo) / (1.0 - queue.echo)
-    per_token = curve.decode_steps / max(workload.output.mean - 1.0, 1e-9)
+    longer = ((queue.stretch - 1.0) * queue.decode_s)[:, None]
     gaps = np.maximum((output - 1.0) * per_token, 1.0)
-    shape = np.maximum(gaps * (longer**2 / np.maximum(variance, 1e-300))[:, None], 1e-9)
+    # long gaps follow each other; the first after the prompt, with prompts that came meanwhile, is one more
+    variance = np.minimum(gaps * queue.lasting_variance[:, None], gaps**2 * queue.gap_variance[:, None])
+    variance = np.maximum(variance, 0.0) + queue.first_variance[:, None]
+    total_s = np.maximum(gaps * longer + queue.first_s[:, None], 1e-300)
+    shape = np.maximum(total_s**2 / np.maximum(variance, 1e-300), 1e-9)
     # Wilson and Hilferty, "The distribution of chi-square", PNAS 17 (1931)
     gamma = np.maximum(1.0 - 1.0 / (9.0 * shape) + normals(_GAP) / (3.0 * np.sqrt(shape)), 0.0) ** 3
     least_s = float(curve.decode_step_s[0]) * per_token
-    return np.asarray(np.maximum(state_s + longer[:, None] * (gamma - 1.0) * per_token, least_s))
+    varying_s = total_s * gamma / gaps - longer
+    return np.asarray(np.maximum(state_s + varying_s * per_token, least_s))
 
 
 def time_between_tokens(curve: Curve, number: Numbers, queue: PromptQueue) -> tuple[Array, Array]:

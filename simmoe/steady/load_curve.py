@@ -48,6 +48,7 @@ class Curve:
     step_s, decode_step_s, mixed_step_s : mean step, a step without and with prompt tokens. [s]
     tpot_s : time per token of a decoding request, whose own prefill is not part of it: the mean step as it sees it, or
         less where a step emits several. [s]
+    gap_s : mean time between two steps that give a decoding request tokens, whosever prompts are between. [s]
     mixed_share : share of steps that carry prompt tokens. [-]
     decoding : mean decoding requests. [requests]
     long_gap_s, long_gap_share : gap between two tokens of a request that spans a step with prompt tokens, and the share
@@ -72,6 +73,7 @@ class Curve:
     decode_step_s: Array
     mixed_step_s: Array
     tpot_s: Array
+    gap_s: Array
     mixed_share: Array
     long_gap_s: Array
     long_gap_share: Array
@@ -93,6 +95,10 @@ class Curve:
     def peak(self) -> int:
         """Index of the highest throughput."""
         return int(np.argmax(self.requests_per_s))
+
+    def steps_per_token(self, workload: Workload) -> float:
+        """Decode steps of a request over its tokens after the first. [-]"""
+        return self.decode_steps / max(workload.output.mean - 1.0, 1e-9)
 
     def at(self, in_flight: Array, names: Sequence[str]) -> dict[str, Array]:
         """Quantities at numbers in flight of any shape, linear between the curve's points."""
@@ -196,6 +202,7 @@ def _together(load: Load, workload: Workload) -> dict[str, Array]:
         "decode_step_s": decode_step,
         "mixed_step_s": mixed_step,
         "seen_s": seen,
+        "gap_s": step,
         "mixed_share": share,
         "long_gap_s": mixed_step,
         "long_gap_share": share,

@@ -30,7 +30,7 @@ from simmoe.steady.latencies import (
 )
 from simmoe.steady.load_curve import SHOWN, Curve
 from simmoe.steady.points import drawn, outputs_at, quantiles, shares
-from simmoe.steady.prompt_queue import prompt_queue
+from simmoe.steady.prompt_queue import PromptQueue, prompt_queue
 
 Array = NDArray[np.float64]
 
@@ -71,18 +71,19 @@ def open_loop(curve: Curve, workload: Workload, rates: Array, replicas: int = 1)
     """
     # a peak between whole numbers of requests is reached with the next: what is carried stays at it
     top = max(1, math.ceil(curve.in_flight[curve.peak]))
-    n = np.arange(1, top + 1, dtype=np.float64)
-    upto = slice(0, curve.peak + 1)
-    death = np.interp(n, curve.in_flight[upto], curve.requests_per_s[upto])
-    # below the table's first point one request in the system simply proceeds
-    death = np.minimum(death, n * curve.requests_per_s[0] / curve.in_flight[0])
-    highest = float(rates.max())
-    if highest >= death[-1]:
+    most, highest = float(curve.requests_per_s[curve.peak]), float(rates.max())
+    if highest >= most:
         raise SaturationError(
-            f"{highest * replicas:g} requests/s saturate the deployment, which carries {death[-1] * replicas:.4g} "
+            f"{highest * replicas:g} requests/s saturate the deployment, which carries {most * replicas:.4g} "
             f"requests/s (limit: {curve.limit}); lower --rate, or add GPUs (--gpus) or lower --active-experts"
         )
-    ratio = rates / death[-1]
+    # the number in the system if it did not vary; below the curve's first point one proceeds alone
+    rising = slice(0, curve.peak + 1)
+    about = np.interp(rates, curve.requests_per_s[rising], curve.in_flight[rising])
+    about = about * np.minimum(rates / curve.requests_per_s[0], 1.0)
+    queue = prompt_queue(curve, workload, rates, np.clip(about / -np.expm1(-about), 1.0, top), np.exp(-about))
+    death = _departures(curve, np.arange(1, top + 1, dtype=np.float64), queue)
+    ratio = rates / most
     log_weight = np.zeros((rates.size, top + 1))
     np.cumsum(np.log(rates)[:, None] - np.log(death), axis=1, out=log_weight[:, 1:])
     weight = np.exp(log_weight - log_weight.max(axis=1, keepdims=True))
@@ -94,18 +95,20 @@ def open_loop(curve: Curve, workload: Workload, rates: Array, replicas: int = 1)
     running = (p * numbers).sum(axis=1) + full * top
     at = curve.at(np.clip(running, curve.in_flight[0], curve.in_flight[-1]), SHOWN)
 
-    queue = prompt_queue(curve, workload, rates, np.clip(running / (1.0 - p[:, 0]), 1.0, top), p[:, 0])
     # arrivals see time averages; whom a token meets is met by all who are there
     met = drawn(np.concatenate([p, full[:, None]], axis=1), NUMBER)
-    slot_s = np.where(met > top, -np.log1p(-shares()[TOKEN]) / (death[-1] - rates)[:, None], 0.0)
+    slot_s = np.where(met > top, -np.log1p(-shares()[TOKEN]) / (most - rates)[:, None], 0.0)
     ttft_s = slot_s + time_to_first_token(curve, workload, rates, np.minimum(met, top), queue)
     crowd = p * numbers
     crowd[:, -1] += full * top
     beside = drawn(crowd, NUMBER)
     tpot_s = time_per_output_token(curve, workload, running, beside, queue)
     lasting = np.maximum(running[:, None] + math.sqrt(_VARIANCE_LEFT) * (numbers - running[:, None]), 1.0)
-    tpot_mean = (np.interp(lasting, curve.in_flight, curve.tpot_s) * crowd).sum(axis=1) / crowd.sum(axis=1)
     later = np.maximum(outputs_at(workload, OUTPUT) - 1.0, 0.0)
+    decode_s = np.interp(lasting, curve.in_flight, curve.decode_step_s)
+    tpot_mean = (decode_s * crowd).sum(axis=1) / crowd.sum(axis=1) * queue.stretch
+    gaps = np.maximum(later * curve.steps_per_token(workload), 1.0)
+    tpot_mean = (tpot_mean + queue.first_s * (1.0 / gaps).mean()) * curve.steps_per_token(workload)
     ttft = quantiles(ttft_s)
     tpot = quantiles(tpot_s, tpot_mean)
     steps = max(workload.output.mean - 1, 0.0)
@@ -131,3 +134,16 @@ def open_loop(curve: Curve, workload: Workload, rates: Array, replicas: int = 1)
             )
         )
     return found
+
+
+def _departures(curve: Curve, number: Array, queue: PromptQueue) -> Array:
+    """Requests that end with so many in the system, shape (loads, numbers). [1/s]
+
+    Prompts come at the rate offered whatever the number is, and hold all decodes up by it. With all slots taken none
+    comes that none makes room for: then the curve's throughput holds.
+    """
+    own_s, decode_s = (np.interp(number, curve.in_flight, each) for each in (curve.prefill_s, curve.decode_step_s))
+    stay_s = own_s + queue.first_s[:, None] + curve.decode_steps * decode_s * queue.stretch[:, None]
+    ends = number / stay_s
+    ends[:, -1] = curve.requests_per_s[curve.peak]
+    return np.asarray(ends)

@@ -13,6 +13,7 @@ one queue here.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +56,8 @@ class PromptQueue:
     gap_s, gap_square : mean gap and mean squared gap given that, shape (loads, n). [s], [s^2]
     paused : chance that who decodes has no token from such a step, shape (loads, n). [-]
     no_more : chance that no prompt waits after it, shape (loads, n). [-]
-    echo : what a longer step adds to the next, by the prompts that come meanwhile, shape (loads,). [s/s]
+    gap_variance : of a gap, shape (loads,). [s^2]
+    lasting_variance : of the time of many gaps over their number; long ones follow each other, shape (loads,). [s^2]
     """
 
     room: Array
@@ -79,7 +81,24 @@ class PromptQueue:
     gap_square: Array
     paused: Array
     no_more: Array
-    echo: Array
+    gap_variance: Array
+    lasting_variance: Array
+
+    @cached_property
+    def stretch(self) -> Array:
+        """Mean time between two tokens over a decode step, shape (loads,). [-]"""
+        return np.asarray((self.after_token * self.gap_s).sum(axis=1) / self.decode_s)
+
+    @cached_property
+    def first_s(self) -> Array:
+        """What the time from a first to the second token is longer than others, on average, shape (loads,). [s]"""
+        return np.asarray(((self.after_prompt - self.after_token) * self.gap_s).sum(axis=1))
+
+    @cached_property
+    def first_variance(self) -> Array:
+        """Variance of the time from a first to the second token, shape (loads,). [s^2]"""
+        square = (self.after_prompt * self.gap_square).sum(axis=1)
+        return np.asarray(np.maximum(square - (self.after_prompt * self.gap_s).sum(axis=1) ** 2, 0.0))
 
     def came_during(self, step_s: Array, share: Array) -> Array:
         """Prompt tokens that come during a step, at a place in their distribution, shape (loads, points). [tokens]"""
@@ -135,7 +154,7 @@ def prompt_queue(curve: Curve, workload: Workload, rates: Array, in_flight: Arra
     """
     times, dp = curve.times, curve.times.dp
     at = curve.at(in_flight, ("decode_step_s", "room", "decoding", "beside", "mixed_step_s"))
-    lengths = prompts_at(workload, 0)
+    lengths = _as_work(curve, prompts_at(workload, 0))
     room, decode_s = at["room"], at["decode_step_s"]
     sizes = np.exp(np.log(room)[:, None] * np.linspace(0.0, 1.0, _SIZES))
     fullest = times.fullest(at["decoding"])[:, None]
@@ -167,20 +186,37 @@ def prompt_queue(curve: Curve, workload: Workload, rates: Array, in_flight: Arra
     if curve.prompts_first:  # of the ranks, those that have a prompt
         paused[:, 1:] = 1.0 - (1.0 - 1.0 / dp) ** np.maximum(served[:, 1:] / lengths.mean(), 1.0) if dp > 1 else 1.0
     going_on = np.matmul((share * (1.0 - paused))[:, None], moves)[:, 0]
-    # where tokens are left the last prompt is not finished
-    ended = served - np.where(served < waiting, np.minimum(served, typical), 0.0)
+    # of prompts of mean length the first waiting has come as far as the others leave it, to a cell
+    prompts = np.maximum(np.rint(waiting / lengths.mean()), 1.0)
+    first = np.maximum(waiting - (prompts - 1.0) * lengths.mean() - waiting[:, 1:2], 0.0)
+    ended = np.where(served < first, 0.0, np.floor((served - first) / lengths.mean()) + 1.0)
+    ended[:, 0] = 0.0
     beginning = np.matmul((share * ended)[:, None], moves)[:, 0]
     gap_s, gap_square = _gaps(moves, step_s, paused)
+    after_token = going_on / going_on.sum(axis=1, keepdims=True)
+    variance = (after_token * gap_square).sum(axis=1) - (after_token * gap_s).sum(axis=1) ** 2
+    # where decodes wait for all prompts gaps begin anew after each decode step
+    lasting = variance if curve.prompts_first else _lasting_variance(moves, share, step_s)
     return PromptQueue(
         room=room, decode_s=decode_s, typical=typical, ranks=dp, sizes_s=sizes_s, alone_s=alone_s, full_s=full_s,
         full_alone_s=full_alone_s, waiting=waiting, served=served, step_s=step_s,
         met=met / met.sum(axis=1, keepdims=True), durations_s=durations_s, came=came,
         come=np.matmul(share[:, None], arrivals)[:, 0],
-        after_token=going_on / going_on.sum(axis=1, keepdims=True),
+        after_token=after_token,
         after_prompt=beginning / np.maximum(beginning.sum(axis=1, keepdims=True), 1e-300),
         gap_s=gap_s, gap_square=gap_square, paused=paused, no_more=moves[:, :, 0],
-        echo=np.clip(rates * lengths.mean() * (full_s - decode_s) / room, 0.0, 0.95),
+        gap_variance=variance, lasting_variance=lasting,
     )  # fmt: skip
+
+
+def _as_work(curve: Curve, lengths: Array) -> Array:
+    """Prompts in tokens of mean cost: those of long prompts attend to more. [tokens]"""
+    one, room = np.ones(1), np.full(1, curve.token_budget)
+    token_s = float(curve.times.prompt_step_s(0.0 * one, room, room, one)[0]) / curve.token_budget
+    each = curve.token_budget / curve.times.dp
+    full = np.ceil(lengths / each - 1e-9) - 1.0
+    beyond_s = curve.times.own_prompt_s(lengths, full, lengths - full * each, room)
+    return np.maximum(lengths + beyond_s / token_s, 1.0)
 
 
 def _computed(waiting: Array, room: Array, typical: float, ranks: int) -> Array:
@@ -280,6 +316,16 @@ def _stationary(moves: Array) -> Array:
     right[:, -1] = 1.0
     share = np.maximum(np.linalg.solve(system, right)[:, :, 0], 0.0)
     return np.asarray(share / share.sum(axis=1, keepdims=True))
+
+
+def _lasting_variance(moves: Array, share: Array, step_s: Array) -> Array:
+    """Variance of the time of many steps over their number, shape (loads,). [s^2]
+
+    By the chain's Poisson equation (Asmussen and Glynn, "Stochastic Simulation", 2007, sec. IV.4).
+    """
+    off = step_s - (share * step_s).sum(axis=1, keepdims=True)
+    ahead = np.linalg.solve(np.eye(_CELLS) - moves + share[:, None], off[:, :, None])[:, :, 0]
+    return np.asarray((share * off * (2.0 * ahead - off)).sum(axis=1))
 
 
 def _gaps(moves: Array, step_s: Array, paused: Array) -> tuple[Array, Array]:
