@@ -35,9 +35,9 @@ from simmoe.steady.prefill_first import prompts_first
 from simmoe.steady.state import steady_state
 
 #: Share of saturation from which the closed form's tail of TTFT is too low where prompts go first. DeepSeek-V2-Lite on
-#: an H100 under SGLang, 8000 input and 64 output tokens, p99 without the front end and as simulated: 0.5 and 0.6 s at
-#: half the load, 0.6 and 1.1 s at 70 %, 0.7 and 1.5 s at 80 %. [-]
-QUEUED_FROM = 0.6
+#: an H100 under SGLang, 8000 input and 64 output tokens, p99 without the front end and as simulated: 1.0 and 1.1 s at
+#: 70 % of saturation, 1.3 and 1.5 s at 80 %, 1.7 and 1.9 s at 85 %, 2.2 and 3.6 s at 90 %. [-]
+QUEUED_FROM = 0.85
 
 #: FLOP a Hopper tile of 64 rows works off for every 16-bit number it reads: its matrix instructions take no fewer rows
 #: (wgmma, PTX ISA 9.7.15), nor does FlashAttention 3, however few tokens decode (hopper/tile_size.h). [FLOP/B]
@@ -243,7 +243,7 @@ def _queued_prompts(
         return ()
     note = (
         f"{deployment.engine} computes prompts before it decodes: where they take most of the time, TTFT p99 of this "
-        "closed form is up to half too low near 80 % of saturation; `simmoe simulate` plays their queue"
+        "closed form is up to 40 % too low near 90 % of saturation; `simmoe simulate` plays their queue"
     )
     return (note,)
 

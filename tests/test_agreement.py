@@ -90,6 +90,47 @@ def test_closed_form_and_simulation_agree_where_decodes_wait_for_prompts(kind):
     assert (abs(errors[:, 0]) <= 0.05).all(), what
 
 
+LONG = {"kind": "lognormal", "cv": 1.0}
+#: Engine, model, GPUs, prompt and output lengths, share of saturation: open loops whose tails differ for reasons of
+#: their own: lengths that vary, prompts that queue behind each other, decodes that wait for prompts, few requests.
+OPEN = {
+    "lognormal": ("vllm", "olmoe-1b-7b", 1, Lengths(mean=1500, **LONG), Lengths(mean=150, **LONG), 0.5),
+    "uniform": ("trtllm", "qwen3-30b-a3b", 2, Lengths(kind="uniform", low=200, high=3000), Lengths(mean=120), 0.6),
+    "long prompts": ("vllm", "deepseek-v2-lite", 1, Lengths(mean=6000), Lengths(mean=100), 0.85),
+    "prompts of many steps": (
+        "vllm",
+        "mixtral-8x7b",
+        4,
+        Lengths(kind="lognormal", mean=12000, cv=0.5),
+        Lengths(mean=60),
+        0.4,
+    ),
+    "prompts first": ("sglang", "olmoe-1b-7b", 2, Lengths(mean=2700, **LONG), Lengths(mean=120), 0.3),
+    "long prompts first": ("sglang", "deepseek-v2-lite", 1, Lengths(mean=8000), Lengths(mean=64), 0.7),
+    "seldom": ("sglang", "deepseek-v2-lite", 1, Lengths(mean=20000), Lengths(mean=64), 0.002),
+}
+
+
+@pytest.mark.parametrize("case", OPEN)
+def test_tails_of_open_loops_agree(case):
+    """Told by Poisson arrivals at one mean number and every length at its mean, p99 was 30 to 75 % low here."""
+    engine, name, gpus, prompts, outputs, share = OPEN[case]
+    model, hardware = load_model(name), load_hardware("h100")
+    deployment = Deployment(gpus=gpus, tp=gpus, engine=engine)
+    workload = Workload(rate=1.0, input=prompts, output=outputs)
+    parts = compiled_for(hardware, model, deployment, workload)
+    curve = load_curve(parts.table, deployment, workload, parts.memory.kv_tokens)
+    workload = workload.vary(rate=share * saturation_requests_per_s(curve))
+    told, _ = steady_state(curve, deployment, workload, parts.memory.kv_tokens)
+    run = simulate(parts.table, workload, deployment, parts.memory.kv_tokens, requests=10_000, seed=3).metrics
+
+    figures = [(metric, statistic) for metric in ("ttft", "tpot", "itl", "e2e") for statistic in ("mean", "p99")]
+    off = {key: getattr(getattr(told, key[0]), key[1]) / getattr(getattr(run, key[0]), key[1]) - 1 for key in figures}
+    # a p99 of one run is itself sure to some 10 % only where prompts queue
+    limits = {"mean": 0.02, "p99": 0.02} if case == "seldom" else {"mean": 0.18, "p99": 0.33}
+    assert all(abs(error) <= limits[statistic] for (_, statistic), error in off.items()), off
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("engines", "share"),

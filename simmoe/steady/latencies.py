@@ -100,7 +100,8 @@ def time_per_output_token(
 
 def time_between_tokens(curve: Curve, number: Numbers, queue: PromptQueue) -> tuple[Array, Array]:
     """Time between two tokens at every point and its mean, shapes (loads, points), (loads,). [s]"""
-    begin = queue.after_token + (queue.after_prompt - queue.after_token) / max(curve.decode_steps, 1.0)
+    begin = np.maximum(queue.after_token + queue.at_first / max(curve.decode_steps, 1.0), 0.0)
+    begin = begin / begin.sum(axis=1, keepdims=True)
     slower_s = _slower(curve, queue, number)
     gaps_s = queue.gaps_s(drawn(begin, TOKEN), shares()[_GAP], normals(_PROMPT))
     return gaps_s + slower_s, (begin * queue.gap_s).sum(axis=1) + slower_s.mean(axis=1)

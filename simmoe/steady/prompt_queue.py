@@ -51,6 +51,8 @@ class PromptQueue:
     durations_s : lengths of step for which ``came`` is tabulated, shape (loads, d). [s]
     came : distribution of the tokens that come meanwhile, over ``waiting``'s cells, shape (loads, d, n). [-]
     come : the same during a step, whatever its length, shape (loads, n). [-]
+    at_first : gaps of a request in excess of as many others, by what waits: it begins among prompts that came with its
+        own or after it, shape (loads, n). [gaps]
     after_token, after_prompt : of gaps between two tokens, and of those after a first token, the ones whose first step
         has so many waiting, shape (loads, n). [-]
     gap_s, gap_square : mean gap and mean squared gap given that, shape (loads, n). [s], [s^2]
@@ -77,6 +79,7 @@ class PromptQueue:
     come: Array
     after_token: Array
     after_prompt: Array
+    at_first: Array
     gap_s: Array
     gap_square: Array
     paused: Array
@@ -91,8 +94,8 @@ class PromptQueue:
 
     @cached_property
     def first_s(self) -> Array:
-        """What the time from a first to the second token is longer than others, on average, shape (loads,). [s]"""
-        return np.asarray(((self.after_prompt - self.after_token) * self.gap_s).sum(axis=1))
+        """What the gaps after a first token take beyond as many others, shape (loads,). [s]"""
+        return np.asarray((self.at_first * self.gap_s).sum(axis=1))
 
     @cached_property
     def first_variance(self) -> Array:
@@ -195,15 +198,18 @@ def prompt_queue(curve: Curve, workload: Workload, rates: Array, in_flight: Arra
     gap_s, gap_square = _gaps(moves, step_s, paused)
     after_token = going_on / going_on.sum(axis=1, keepdims=True)
     variance = (after_token * gap_square).sum(axis=1) - (after_token * gap_s).sum(axis=1) ** 2
+    after_prompt = beginning / np.maximum(beginning.sum(axis=1, keepdims=True), 1e-300)
     # where decodes wait for all prompts gaps begin anew after each decode step
-    lasting = variance if curve.prompts_first else _lasting_variance(moves, share, step_s)
+    at_first, lasting = after_prompt - after_token, variance
+    if not curve.prompts_first:
+        at_first, lasting = _settling(moves, share, step_s, at_first)
     return PromptQueue(
         room=room, decode_s=decode_s, typical=typical, ranks=dp, sizes_s=sizes_s, alone_s=alone_s, full_s=full_s,
         full_alone_s=full_alone_s, waiting=waiting, served=served, step_s=step_s,
         met=met / met.sum(axis=1, keepdims=True), durations_s=durations_s, came=came,
         come=np.matmul(share[:, None], arrivals)[:, 0],
         after_token=after_token,
-        after_prompt=beginning / np.maximum(beginning.sum(axis=1, keepdims=True), 1e-300),
+        after_prompt=after_prompt, at_first=at_first,
         gap_s=gap_s, gap_square=gap_square, paused=paused, no_more=moves[:, :, 0],
         gap_variance=variance, lasting_variance=lasting,
     )  # fmt: skip
@@ -318,14 +324,17 @@ def _stationary(moves: Array) -> Array:
     return np.asarray(share / share.sum(axis=1, keepdims=True))
 
 
-def _lasting_variance(moves: Array, share: Array, step_s: Array) -> Array:
-    """Variance of the time of many steps over their number, shape (loads,). [s^2]
+def _settling(moves: Array, share: Array, step_s: Array, begin: Array) -> tuple[Array, Array]:
+    """Steps met in excess before a chain is stationary that begins ``begin`` off it; variance of many steps' time.
 
-    By the chain's Poisson equation (Asmussen and Glynn, "Stochastic Simulation", 2007, sec. IV.4).
+    By the chain's fundamental matrix (Kemeny and Snell, "Finite Markov Chains", 1960, ch. 4): shapes (loads, n), and
+    (loads,), of the time over the steps' number. [steps], [s^2]
     """
+    fundamental = np.linalg.inv(np.eye(_CELLS) - moves + share[:, None])
     off = step_s - (share * step_s).sum(axis=1, keepdims=True)
-    ahead = np.linalg.solve(np.eye(_CELLS) - moves + share[:, None], off[:, :, None])[:, :, 0]
-    return np.asarray((share * off * (2.0 * ahead - off)).sum(axis=1))
+    ahead = np.matmul(fundamental, off[:, :, None])[:, :, 0]
+    met = np.matmul(begin[:, None], fundamental)[:, 0]
+    return np.asarray(met), np.asarray((share * off * (2.0 * ahead - off)).sum(axis=1))
 
 
 def _gaps(moves: Array, step_s: Array, paused: Array) -> tuple[Array, Array]:
