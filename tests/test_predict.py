@@ -261,9 +261,9 @@ def test_a_tail_the_closed_form_does_not_know_is_told_where_prompts_go_first():
         found = predict(H100, LITE, Deployment(engine=engine), Workload(rate=share * capacity, **long))
         return any("plays their queue" in note for note in found.notes)
 
-    assert told(0.8, "sglang")
-    assert not told(0.4, "sglang")
-    assert not told(0.8, "vllm")
+    assert told(0.9, "sglang")
+    assert not told(0.8, "sglang")
+    assert not told(0.9, "vllm")
 
 
 def test_traffic_that_the_closed_form_does_not_know_is_told():

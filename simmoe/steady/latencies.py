@@ -104,4 +104,4 @@ def time_between_tokens(curve: Curve, number: Numbers, queue: PromptQueue) -> tu
     begin = begin / begin.sum(axis=1, keepdims=True)
     slower_s = _slower(curve, queue, number)
     gaps_s = queue.gaps_s(drawn(begin, TOKEN), shares()[_GAP], normals(_PROMPT))
-    return gaps_s + slower_s, (begin * queue.gap_s).sum(axis=1) + slower_s.mean(axis=1)
+    return gaps_s + slower_s, (begin * queue.gap_s).sum(axis=1) + slower_s.mean(axis=1) * queue.stretch
