@@ -1,6 +1,11 @@
 """Whatever is typed or written wrongly: one line that names it, exit status 1, no endless run."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +22,7 @@ FLAGS = {
         "predict h100 --routing dirichlet:1,layers_drawn=100000",
         "--routing: layers_drawn: '100000'",
     ),
+    "a folder for a result": ("report .", ".: is a folder; give the table or JSON file in it"),
     "no version": ("predict h100 --engine-version=", "--engine-version: '' will not do"),
 }
 
@@ -85,3 +91,22 @@ def test_a_device_without_multiprocessors_is_one_line(simmoe, tmp_path):
     status, out, err = simmoe("predict", "mine.yaml")
     assert (status, out, err.count("\n")) == (1, "", 1)
     assert "device.sms: missing" in err
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_an_interrupted_sweep_says_how_to_go_on(tmp_path, processes):
+    grid = "{model: deepseek-v2-lite, hardware: h100, method: simulated, requests: 3000, workload: "
+    (tmp_path / "grid.yaml").write_text(grid + "{concurrency: {from: 1, to: 64, steps: 64}, input: 512, output: 128}}")
+    words = [Path(sys.executable).with_name("simmoe"), "sweep", "grid.yaml", "--out", "grid.csv"]
+    running = subprocess.Popen(
+        [*words, "--processes", processes], cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    table = tmp_path / "grid.csv"
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not (table.exists() and table.read_text().count("\n") > 1):
+        time.sleep(0.05)
+    os.killpg(running.pid, signal.SIGINT)  # as a terminal does: to every process of the command
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert err == "simmoe: grid.csv: interrupted; the same command goes on where it ended\n"
+    assert 1 < table.read_text().count("\n") < 65

@@ -125,9 +125,13 @@ def sweep(
     total = len(grids.points(read))
     with _bar() as bar:
         task = bar.add_task(read.name, total=total)
-        rows = sweeps.sweep(
-            read, out=out, processes=processes, ray=ray, progress=lambda done, _: bar.update(task, completed=done)
-        )
+        try:
+            rows = sweeps.sweep(
+                read, out=out, processes=processes, ray=ray, progress=lambda done, _: bar.update(task, completed=done)
+            )
+        except KeyboardInterrupt:
+            typer.echo(f"simmoe: {out}: interrupted; the same command goes on where it ended", err=True)
+            raise typer.Exit(130) from None
     if json:
         show_json(rows)
     else:
@@ -153,6 +157,8 @@ def report(
     """
     from simmoe.report import html as html_report  # noqa: PLC0415
 
+    if result.is_dir():
+        raise SpecError(f"{result}: is a folder; give the table or JSON file in it")
     for path in html_report.write(result, out or result.with_suffix(".html"), pictures=png):
         typer.echo(path)
 

@@ -13,6 +13,9 @@ from typing import Any, TypeVar
 
 from simmoe.errors import SpecError
 
+#: Tasks a process takes at a time, at most.
+_LONGEST_CHUNK = 16
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -48,9 +51,14 @@ def run(
     if count <= 1:
         yield from map(function, tasks)
         return
-    with ProcessPoolExecutor(count) as pool:
-        # a few chunks a process: later ones level out uneven tasks
-        yield from pool.map(function, tasks, chunksize=max(1, len(tasks) // (4 * count)))
+    pool = ProcessPoolExecutor(count)
+    try:
+        # a few chunks a process: later ones level out uneven tasks; an interruption loses those begun
+        yield from pool.map(function, tasks, chunksize=max(1, min(_LONGEST_CHUNK, len(tasks) // (4 * count))))
+    except BaseException:  # an interruption among them: what waits is not begun
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
 
 
 def _on_ray(function: Callable[[Task], Result], tasks: Sequence[Task], address: str) -> Iterator[Result]:
