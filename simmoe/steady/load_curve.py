@@ -48,13 +48,11 @@ class Curve:
     step_s, decode_step_s, mixed_step_s : mean step, a step without and with prompt tokens. [s]
     tpot_s : time per token of a decoding request, whose own prefill is not part of it: the mean step as it sees it, or
         less where a step emits several. [s]
-    gap_s : mean time between two steps that give a decoding request tokens, whosever prompts are between. [s]
     mixed_share : share of steps that carry prompt tokens. [-]
     decoding : mean decoding requests. [requests]
     long_gap_s, long_gap_share : gap between two tokens of a request that spans a step with prompt tokens, and the share
         of gaps that do. [s], [-]
     prefill_s : time from first being scheduled to the first token. [s]
-    prompt_s : what one more prompt adds to a step that carries any. [s]
     room : tokens that a step has for prompts. [tokens]
     chunk : prompt tokens in a step that carries any. [tokens]
     beside : decoding requests in such a step. [requests]
@@ -73,13 +71,11 @@ class Curve:
     decode_step_s: Array
     mixed_step_s: Array
     tpot_s: Array
-    gap_s: Array
     mixed_share: Array
     long_gap_s: Array
     long_gap_share: Array
     decoding: Array
     prefill_s: Array
-    prompt_s: Array
     room: Array
     chunk: Array
     beside: Array
@@ -202,13 +198,11 @@ def _together(load: Load, workload: Workload) -> dict[str, Array]:
         "decode_step_s": decode_step,
         "mixed_step_s": mixed_step,
         "seen_s": seen,
-        "gap_s": step,
         "mixed_share": share,
         "long_gap_s": mixed_step,
         "long_gap_share": share,
         "decoding": decoding,
         "prefill_s": prefill,
-        "prompt_s": np.maximum(mixed_step - decode_step, 0.0) / cohort,
         "room": np.maximum(budget - width * decoding, 1.0),
         "chunk": chunk,
         "beside": beside,

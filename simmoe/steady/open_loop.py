@@ -1,8 +1,8 @@
 """Steady states of one replica under Poisson arrivals, for many rates at once.
 
-Model: the number in the system is the birth-death chain with birth rate lambda and death rate X(n) of
-`simmoe.steady.load_curve` (flow-equivalent server; Lazowska et al., Quantitative System Performance, 1984, ch. 8).
-Steps and the prompts that wait for them are a Markov chain at the mean number, `simmoe.steady.prompt_queue`. A
+Model: the number in the system is a birth-death chain. With n there, decodes proceed at the time for n, held up by
+prompts that come at the rate offered whatever n is; each leaves after its prompt's time and its decodes'. Steps and the
+prompts that wait for them are a Markov chain of their own at about the mean number, `simmoe.steady.prompt_queue`. A
 request's latencies follow from what its arrival meets of both, `simmoe.steady.latencies`, and their distributions from
 adding these up over fixed points, `simmoe.steady.points`.
 Rates are the first axis of every array: numpy's cost per call, most of what one rate takes, is paid once for all.
