@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from simmoe.errors import SpecError
 from simmoe.sim.scheduler import Scheduler
+from simmoe.specs.cluster import NEW_TOKEN_RATIO
 
 Policy = Callable[[Scheduler, int], bool]
 
@@ -189,9 +190,6 @@ def whole_prompts(s: Scheduler, now: int) -> bool:
         budget -= new
     return _prompts_or_tokens(s, now)
 
-
-NEW_TOKEN_RATIO = 0.1
-"""Share of outputs still to come that SGLang expects: 0.7 decays to 0.098 within 600 steps (its server's defaults)."""
 
 _ROUNDING = 1e-9  # of steps: looking a step too early costs nothing
 

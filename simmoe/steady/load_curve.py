@@ -8,15 +8,15 @@ X = r / t, and Little's law gives the requests in flight N = B + X (time spent i
 
 Engines that let decodes wait while prompts are computed have steps of two kinds, see `simmoe.steady.prefill_first`.
 
-In a closed loop equal output lengths keep requests in cohorts that start and end together; then a prompt step carries
-a cohort. Left out: the transient at start, preemption. `simmoe.sim` has them.
+In a closed loop equal output lengths keep requests in cohorts that start and end together, see
+`simmoe.steady.cohorts`. Left out: the transient at start, preemption. `simmoe.sim` has them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 
@@ -28,8 +28,9 @@ from simmoe.errors import CapacityError
 from simmoe.specs.cluster import POLICY_OF_ENGINE
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.workload import Lengths, Workload
+from simmoe.steady.kv_seats import kv_seats
 from simmoe.steady.prefill_first import prefill_first, prompts_first
-from simmoe.steady.step_times import GRID, Load, StepTimes
+from simmoe.steady.step_times import GRID, Load, StepTimes, ends_together
 
 Array = NDArray[np.float64]
 
@@ -57,12 +58,11 @@ class Curve:
     chunk : prompt tokens in a step that carries any. [tokens]
     beside : decoding requests in such a step. [requests]
     width : rows that a decoding request brings to a step. [tokens]
-    times : of steps, whatever they hold.
-    decode_steps : of a request. [steps]
     limit : what ends the curve: "KV cache", "max_num_seqs" or "token budget".
     token_budget : most tokens in one step. [tokens]
     steps_ahead : steps decided before the running one ends, 0 or 1.
     prompts_first : whether decodes wait while prompts are computed.
+    load : what the curve was tabulated from.
     """
 
     in_flight: Array
@@ -79,13 +79,22 @@ class Curve:
     room: Array
     chunk: Array
     beside: Array
-    times: StepTimes
-    decode_steps: float
     limit: str
     token_budget: float
+    load: Load
     width: int = 1
     steps_ahead: int = 0
     prompts_first: bool = False
+
+    @property
+    def times(self) -> StepTimes:
+        """Times of steps."""
+        return self.load.times
+
+    @property
+    def decode_steps(self) -> float:
+        """Decode steps of a request."""
+        return self.load.steps
 
     @cached_property
     def peak(self) -> int:
@@ -119,23 +128,39 @@ def load_curve(
     input_tokens, output_tokens = workload.input.mean, workload.output.mean
     width = deployment.rows_per_decode
     steps = decode_steps(workload.output, deployment.tokens_per_decode)
-    # half a block is lost per request; a decoding request holds on average its prompt and half its output
-    per_request_kv = input_tokens + output_tokens / 2 + deployment.kv_block_size / 2
     if input_tokens + output_tokens > kv_tokens:
         raise CapacityError(
             f"one request of {input_tokens:.0f} + {output_tokens:.0f} tokens needs more KV cache than the replica has "
             f"({kv_tokens:.0f} tokens); use more GPUs, a smaller kv_precision or shorter requests"
         )
-    by_kv = kv_tokens / per_request_kv
-    most = min(float(deployment.requests_per_replica), by_kv)
-    limit = "KV cache" if by_kv < deployment.requests_per_replica else "max_num_seqs"
+    named, slots = policy or POLICY_OF_ENGINE[deployment.engine], float(deployment.requests_per_replica)
+    seats = kv_seats(named, workload, deployment, kv_tokens)
+    most = min(slots, seats.most)
+    limit = "KV cache" if seats.most < slots else "max_num_seqs"
     budget = float(min(deployment.tokens_per_replica, table.max_tokens))
 
     times = StepTimes(table, deployment, workload)
-    load = Load(times=times, steps=steps, most=most, budget=budget, width=width, dp=deployment.dp)
-    first = prompts_first(policy or POLICY_OF_ENGINE[deployment.engine]) and steps > 0
+    clients = (workload.concurrency or 0) / deployment.replicas
+    # who is sent back for lack of blocks leaves his cohort, unless few are, near their ends
+    seated = min(clients, most)
+    a_step = np.array([min(budget, max(seated, 1.0) * input_tokens)])
+    prompts_s = float(times.mixed_s(np.zeros(1), a_step, np.ones(1))[0]) * seated * input_tokens / float(a_step[0])
+    in_step = ends_together(workload, prompts_s) and seated <= 1.1 * seats.at_ends
+    if in_step:
+        most = min(most, seats.at_ends)
+    short = seats.most < slots and not in_step
+    load = Load(
+        times=times, steps=steps, most=most, budget=budget, width=width, dp=deployment.dp, in_step=in_step,
+        prompts_s=prompts_s,
+        again=seats.again if short else 0.0, sent_back=seats.sent_back if short else 0.0,
+    )  # fmt: skip
+    first = prompts_first(named) and steps > 0
     if first:
         columns = prefill_first(load, workload)
+        if workload.output.kind == "fixed" and most <= seats.at_ends:
+            # where others wait, who ends together is followed together, whatever the loop
+            cohorts = prefill_first(replace(load, in_step=True), workload)
+            columns["requests_per_s"][-1] = max(columns["requests_per_s"][-1], cohorts["requests_per_s"][-1])
     else:
         columns = _together(load, workload)
         if budget / (input_tokens + width * steps) < most / max(steps, 1.0):
@@ -147,8 +172,8 @@ def load_curve(
     n = np.append(in_flight[in_flight < end], end)
     at_n = {name: np.interp(n, in_flight, column) for name, column in columns.items()}
     return Curve(
-        in_flight=n, **at_n, times=times, decode_steps=steps, limit=limit, token_budget=budget, width=width,
-        steps_ahead=table.steps_ahead, prompts_first=first,
+        in_flight=n, **at_n, limit=limit, token_budget=budget, load=load, width=width, steps_ahead=table.steps_ahead,
+        prompts_first=first,
     )  # fmt: skip
 
 
@@ -165,16 +190,12 @@ def _together(load: Load, workload: Workload) -> dict[str, Array]:
     r = np.geomspace(alone, max(most, alone * 1.001), GRID)
     decoding = r * steps
     prompt = r * input_tokens
-    together: float | Array = 1.0
-    if workload.concurrency is not None and workload.output.kind == "fixed":
-        # equal outputs end together: requests stay in cohorts that are prefilled in one step, up to its token budget
-        together = np.maximum(decoding + r, 1.0)
     # who is alone does not decode beside its own prompt
     room = np.maximum(budget - width * np.where(decoding < 1.0, 0.0, decoding), 1.0)
     # prompts meet by chance: each of r (steps + pieces) requests has a prompt in that many of its steps
     any_prompt = 1.0 - (1.0 - pieces / (steps + pieces)) ** (r * (steps + pieces))
     meeting = prompt / any_prompt
-    chunk = np.clip(np.maximum(np.minimum(together * piece, room), meeting), 1.0, room)
+    chunk = np.clip(np.maximum(np.minimum(piece, room), meeting), 1.0, room)
     share = np.minimum(prompt / chunk, 1.0)
     cohort = np.maximum(chunk / piece, 1.0)
     # a cohort whose prompts are in a step does not decode there, but does in the others: the mean is ``decoding``

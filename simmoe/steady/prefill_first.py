@@ -42,7 +42,7 @@ def prefill_first(load: Load, workload: Workload) -> dict[str, Array]:
     input_tokens = workload.input.mean
     decoding = np.geomspace(1.0, max(load.most, 1.001), GRID)
     closed = workload.concurrency is not None
-    in_step = closed and workload.output.kind == "fixed"
+    in_step = load.in_step
     pieces = float(max(1, math.ceil(input_tokens / (load.budget / dp))))
     most_prompts = load.budget / input_tokens
     fewest, fullest = 1.0 / pieces, times.fullest(decoding)

@@ -17,9 +17,12 @@ from simmoe.metrics import Quantiles, ServingMetrics
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.engines import EngineParameters
 from simmoe.specs.workload import Workload
+from simmoe.steady.cohorts import Round, round_of_cohorts
 from simmoe.steady.front_end import front_end_s
+from simmoe.steady.kv_seats import cv2
 from simmoe.steady.load_curve import SHOWN, Curve
-from simmoe.steady.open_loop import open_loop
+from simmoe.steady.open_loop import open_loop, weighted_quantiles
+from simmoe.steady.swings import Swing, swing
 
 Array = NDArray[np.float64]
 
@@ -78,60 +81,64 @@ def _closed(
     clients: float,
     front_end: EngineParameters | None,
 ) -> tuple[ServingMetrics, str]:
-    top, output = float(curve.in_flight[-1]), workload.output.mean
     # time outside the engine, and how it grows with who is in a step
     outside_s, each_s = workload.think_time, 0.0
     if front_end is not None:
         outside_s += front_end_s(front_end, 0.0, workload.input.mean)
         each_s = front_end.front_end_time_per_request
+    equal = curve.load.in_step
+    if equal and not curve.prompts_first:
+        # of those who think the first is back soon
+        first_s = outside_s - (workload.think_time * (1 - 1 / clients) if workload.think != "fixed" else 0.0)
+        found = round_of_cohorts(curve.load, workload, clients, first_s, each_s, curve.steps_ahead)
+        return _in_cohorts(found, curve, deployment, workload, kv_tokens, clients, outside_s, each_s)
+    if not equal and (workload.think_time == 0 or workload.think == "fixed"):
+        alike = _ends_before_first_is_back(curve, workload, clients, outside_s, each_s)
+        if alike and not curve.prompts_first:
+            found = round_of_cohorts(curve.load, workload, clients, outside_s, each_s, curve.steps_ahead)
+            return _in_cohorts(found, curve, deployment, workload, kv_tokens, clients, outside_s, each_s)
+        if deployment.dp == 1 or not curve.prompts_first:
+            swings = swing(curve.load, workload, clients, outside_s, each_s, prompts_first=curve.prompts_first)
+            if swings is not None and (
+                shown := _swinging(swings, curve, deployment, workload, kv_tokens, clients, outside_s, each_s)
+            ):
+                return shown, "concurrency"
+    top, output = float(curve.in_flight[-1]), workload.output.mean
     away = outside_s + each_s > 0
-    # equal outputs keep cohorts together, each prefilled in the step after the last one's; where prompts go first, or
-    # who ends comes back later, they are one cohort
-    equal = workload.output.kind == "fixed" and workload.think_time == 0
-    apart = equal and not curve.prompts_first
-    cohorts = max(1.0, min(clients, top) * workload.input.mean / curve.token_budget) if apart else 1.0
-    one_cohort = equal and (cohorts == 1.0 or away)
     others = min(1.0, max(0.0, clients - 1.0))
     # who sends again at once waits for the step decided ahead, if anybody is left to step; who comes later waits for
-    # the end of the step under way too
-    ahead = 0.0 if one_cohort else curve.steps_ahead * others
-    delay_s = curve.decode_step_s if equal else curve.step_s
-    wait_s = ahead * delay_s + (others * _rest_s(curve) if away and not equal else 0.0)
+    # the end of the step under way too. Equal answers of decodes that wait for prompts end together.
+    wait_s = np.zeros_like(curve.step_s)
+    if not equal:
+        wait_s = others * (curve.steps_ahead * curve.step_s + (_rest_s(curve) if away else 0.0))
     outside = 0.0 if equal else outside_s + each_s * curve.in_flight
     here = curve.in_flight + curve.requests_per_s * (wait_s + outside)
-    together = min(clients, top) if one_cohort else float(np.interp(clients, here, curve.in_flight))
+    together = min(clients, top) if equal else float(np.interp(clients, here, curve.in_flight))
     queued = clients > here[-1]
-    at = {name: float(value) for name, value in curve.at(np.array(together), (*SHOWN, "requests_per_s")).items()}
+    names = (*SHOWN, "requests_per_s", "chunk")
+    at = {name: float(value) for name, value in curve.at(np.array(together), names).items()}
+    if queued:  # what is computed again takes the time of prompts
+        again_s = curve.load.again * (at["mixed_step_s"] - at["decode_step_s"]) / at["chunk"]
+        at["requests_per_s"] /= 1.0 + at["requests_per_s"] * again_s
     steps = max(output - 1, 0.0)
     # Little's law holds on the curve's points, and only nearly between them
     served_s = max(together, float(curve.in_flight[0])) / at["requests_per_s"]
     between = served_s / (at["prefill_s"] + steps * at["tpot_s"])
     at["tpot_s"] *= between
     prefill = at["prefill_s"] * between
-    queue = float(np.interp(together, curve.in_flight, np.broadcast_to(wait_s, curve.in_flight.shape)))
+    queue = float(np.interp(together, curve.in_flight, wait_s))
     if queued:
         queue = max(queue, clients / at["requests_per_s"] - served_s - outside_s - each_s * together)
-    # what others' prompts hold a request up before its first token they do not hold it up after it
-    prompts_s = at["mixed_step_s"] - at["decode_step_s"]
-    if apart and away:
-        # of all steps with prompts half are before one's own, if all come back as one
-        merged = _merged(cohorts, (outside_s + each_s * together) / at["decode_step_s"], at)
-        own = max(1.0, workload.input.mean * deployment.dp / curve.token_budget)
-        met_waiting = merged * max(0.0, cohorts - own) / 2 * prompts_s if output > 1 else 0.0
-    else:
-        # who waits for a slot anyway waits for the last cohort's prompts meanwhile
-        for_slot = max(0.0, clients - float(here[-1])) / at["requests_per_s"]
-        met_waiting = 0.0 if output <= 1 else max(ahead * (1 - 1 / cohorts) * prompts_s - for_slot, 0.0)
-    ttft_mean = queue + prefill + met_waiting
-    at["tpot_s"] -= met_waiting / max(output - 1, 1.0)
-    # clients = X (E2E + outside), of which the front end's part grows with X times the time in steps
-    cycle_s = queue + served_s + outside_s
-    throughput = 2 * clients / (cycle_s + math.sqrt(cycle_s**2 + 4 * each_s * served_s * clients))
+    # some of that after their first token
+    sent_back_s = min(curve.load.sent_back / at["requests_per_s"], queue) if queued and steps else 0.0
+    at["tpot_s"] += sent_back_s / max(steps, 1.0)
+    ttft_mean = queue - sent_back_s + prefill
+    throughput = _throughput(clients, queue + served_s + outside_s, each_s * served_s)
     # clients are in the engine by themselves, or all together
     idle, independent = max(0.0, 1.0 - throughput * (queue + served_s) / clients), 1.0 if equal else max(1.0, clients)
-    ttft = Quantiles(mean=ttft_mean, p50=ttft_mean, p90=ttft_mean, p99=ttft_mean + (0.0 if one_cohort else prefill))
-    if equal and (curve.prompts_first or away):  # first tokens come step by step, evenly on both sides of the mean
-        half = max(0.0, prefill - at["mixed_step_s"]) if curve.prompts_first else met_waiting
+    ttft = Quantiles(mean=ttft_mean, p50=ttft_mean, p90=ttft_mean, p99=ttft_mean + (0.0 if equal else prefill))
+    if equal:  # first tokens come step by step, evenly on both sides of the mean
+        half = max(0.0, prefill - at["mixed_step_s"])
         ttft = Quantiles(mean=ttft_mean, p50=ttft_mean, p90=ttft_mean + 0.8 * half, p99=ttft_mean + 0.98 * half)
     tpot_s = at["tpot_s"]
     e2e = Quantiles(**{name: getattr(ttft, name) + steps * tpot_s for name in ("mean", "p50", "p90", "p99")})
@@ -143,17 +150,93 @@ def _closed(
     return metrics, curve.limit if queued else "concurrency"
 
 
-def _merged(cohorts: float, outside_steps: float, at: dict[str, float]) -> float:
-    """Prompt steps that cohorts wait for where all are outside for some decode steps, over those if all were one. [-]
+def _in_cohorts(
+    found: Round,
+    curve: Curve,
+    deployment: Deployment,
+    workload: Workload,
+    kv_tokens: float,
+    clients: float,
+    outside_s: float,
+    each_s: float,
+) -> tuple[ServingMetrics, str]:
+    """What a round of cohorts shows: a client's time is front end, own prompt and decodes, and for the rest waiting."""
+    served = found.prefill_s + found.decodes_s
+    served_s = float(served.mean())
+    throughput = min(found.requests_per_s, _throughput(clients, served_s + outside_s, each_s * served_s))
+    running = throughput * served_s
+    in_engine_s = clients / throughput - outside_s - each_s * running
+    if in_engine_s < served_s * (1 + 1e-12):  # what rounding leaves
+        in_engine_s = served_s
+    tokens = max(workload.output.mean - 1, 1e-9)
+    even = np.ones((1, served.size))
+    (ttft,) = weighted_quantiles((in_engine_s - found.decodes_s)[None], even)
+    (tpot,) = weighted_quantiles((found.decodes_s / tokens)[None], even)
+    at = {
+        "step_s": found.step_s,
+        "decode_step_s": found.decode_step_s,
+        "decoding": found.decoding,
+        "long_gap_s": found.mixed_step_s,
+        "long_gap_share": found.met,
+    }
+    metrics = _metrics(
+        deployment, workload, kv_tokens, throughput, at, ttft, tpot, running=running,
+        waiting=throughput * (in_engine_s - served_s), utilisation=found.busy,
+    )  # fmt: skip
+    limit = "token budget" if found.full else curve.limit
+    return metrics, limit if found.full or clients > curve.load.most else "concurrency"
 
-    Cohorts end a step apart. Those that end before the first is back come back behind it, and wait for each other's
-    prompts. The rest end during these prompts, one a step, and meet what is left of them when they are back.
+
+def _ends_before_first_is_back(
+    curve: Curve, workload: Workload, clients: float, outside_s: float, each_s: float
+) -> bool:
+    """Whether answers differ by less than their clients are away for, and than all prompts take.
+
+    Then whoever came together is outside together, and waits for the others' prompts on the way back.
     """
-    if cohorts <= 1.0:
-        return 0.0
-    group = min(cohorts, 1.0 + outside_steps)
-    left = max(0.0, group - 1.0 - outside_steps * at["decode_step_s"] / at["mixed_step_s"])
-    return (group * (group - 1.0) / 2 + (cohorts - group) * left) / (cohorts * (cohorts - 1.0) / 2)
+    at = curve.at(np.array(min(clients, float(curve.in_flight[-1]))), ("decode_step_s",))
+    # as wide as equally likely lengths of the same spread
+    spread_s = math.sqrt(12 * cv2(workload.output)) * curve.load.steps * float(at["decode_step_s"])
+    queue_up = curve.token_budget <= clients * workload.input.mean and clients <= curve.load.most
+    return queue_up and spread_s <= min(outside_s + each_s * clients, curve.load.prompts_s)
+
+
+def _swinging(
+    found: Swing,
+    curve: Curve,
+    deployment: Deployment,
+    workload: Workload,
+    kv_tokens: float,
+    clients: float,
+    outside_s: float,
+    each_s: float,
+) -> ServingMetrics | None:
+    """What a swing shows; None if it leaves decodes less time than their steps take."""
+    throughput, steps = found.requests_per_s, curve.load.steps
+    (ttft,) = weighted_quantiles((found.waits_s + found.prefill_s)[None], found.weights[None])
+    # clients = X (TTFT + decodes + outside), of which the front end's part grows with who is in the engine
+    rest_s = clients / throughput - outside_s - each_s * throughput * found.prefill_s - ttft.mean
+    decodes_s = rest_s / (1.0 + each_s * throughput)
+    if decodes_s < steps * found.decode_step_s:
+        return None
+    running = throughput * (found.prefill_s + decodes_s)
+    at = {
+        "step_s": found.step_s,
+        "decode_step_s": found.decode_step_s,
+        "decoding": found.decoding,
+        "long_gap_s": found.mixed_step_s,
+        "long_gap_share": found.mixed_share,
+    }
+    tpot = decodes_s / max(workload.output.mean - 1, 1e-9)
+    return _metrics(
+        deployment, workload, kv_tokens, throughput, at, ttft, _around(tpot), running=running,
+        waiting=throughput * (ttft.mean - found.prefill_s), utilisation=1.0,
+    )  # fmt: skip
+
+
+def _throughput(clients: float, cycle_s: float, growing_s: float) -> float:
+    """X of clients = X (cycle + X x what the front end's part grows by with each request per second). [1/s]"""
+    return 2 * clients / (cycle_s + math.sqrt(cycle_s**2 + 4 * growing_s * clients))
 
 
 def _rest_s(curve: Curve) -> Array:

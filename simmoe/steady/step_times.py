@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from simmoe.engine.step import StepTable
 from simmoe.specs.deployment import Deployment
-from simmoe.specs.workload import Lengths, Workload
+from simmoe.specs.workload import Workload
+from simmoe.steady.kv_seats import cv2
 
 Array = NDArray[np.float64]
 
@@ -32,6 +33,10 @@ class Load:
     ----------
     steps : decode steps of a request. [steps]
     most : requests it can hold. [requests]
+    again : prompt tokens computed again per request where the KV cache is full and others wait. [tokens]
+    sent_back : requests that wait for blocks there although they have begun. [requests]
+    prompts_s : what the prompts of all who may be here take, in steps of nothing else. [s]
+    in_step : whether requests stay in the cohorts in which they come.
     budget : most tokens in one step. [tokens]
     width : rows that a decoding request brings to a step. [tokens]
     dp : data-parallel ranks.
@@ -43,6 +48,10 @@ class Load:
     budget: float
     width: int
     dp: int
+    again: float = 0.0
+    sent_back: float = 0.0
+    prompts_s: float = 0.0
+    in_step: bool = False
 
 
 class StepTimes:
@@ -52,8 +61,9 @@ class StepTimes:
         self.table = table
         self.width, self.dp = deployment.rows_per_decode, deployment.dp
         self.input_tokens = workload.input.mean
-        self.mean_context = workload.input.mean + workload.output.mean / 2
-        self.varied = _cv2(workload.input)
+        # long answers are met more often, see `simmoe.steady.kv_seats`
+        self.mean_context = workload.input.mean + workload.output.mean * (1.0 + cv2(workload.output)) / 2
+        self.varied = cv2(workload.input)
         self.context_cv = _context_cv(workload)
         self.largest = _largest_normal(self.dp)
         self.most_each = float(deployment.rank_tokens)
@@ -164,23 +174,21 @@ def _with_prompts(table: StepTable, rows: Array, prompts: Array) -> tuple[Array,
     )
 
 
-def _cv2(lengths: Lengths) -> float:
-    """Squared coefficient of variation of a length. [-]"""
-    if lengths.kind == "lognormal":
-        return lengths.cv**2
-    if lengths.kind == "uniform" and lengths.high is not None:
-        return (lengths.high - lengths.low) ** 2 / 12 / lengths.mean**2
-    if lengths.kind == "empirical" and lengths.values:
-        return float(np.var(lengths.values)) / lengths.mean**2
-    return 0.0
+def ends_together(workload: Workload, prompts_s: float = 0.0) -> bool:
+    """Whether requests that come together end together, and come together again.
+
+    Also after pauses that differ, if all but a twentieth are over within ``prompts_s``, what all prompts take: then
+    they wait for one another once more.
+    """
+    apart_s = 0.0 if workload.think == "fixed" else workload.think_time * math.log(20)
+    return workload.concurrency is not None and workload.output.kind == "fixed" and apart_s <= prompts_s
 
 
 def _context_cv(workload: Workload) -> float:
     """Coefficient of variation of a decoding request's context: its prompt, and how far its output has come. [-]"""
     i, o = workload.input.mean, workload.output.mean
-    in_step = workload.concurrency is not None and workload.output.kind == "fixed"  # cohorts come on together
-    progress = 0.0 if in_step else o**2 / 12
-    return math.sqrt(_cv2(workload.input) * i**2 + progress) / (i + o / 2)
+    progress = 0.0 if ends_together(workload) else o**2 / 12
+    return math.sqrt(cv2(workload.input) * i**2 + progress) / (i + o / 2)
 
 
 @lru_cache(maxsize=64)
