@@ -141,11 +141,10 @@ def _closed(
         half = max(0.0, prefill - at["mixed_step_s"])
         ttft = Quantiles(mean=ttft_mean, p50=ttft_mean, p90=ttft_mean + 0.8 * half, p99=ttft_mean + 0.98 * half)
     tpot_s = at["tpot_s"]
-    e2e = Quantiles(**{name: getattr(ttft, name) + steps * tpot_s for name in ("mean", "p50", "p90", "p99")})
-    itl = _itl(at["decode_step_s"], at["long_gap_s"], at["long_gap_share"])
     metrics = _metrics(
-        deployment, workload, kv_tokens, throughput, at, ttft, _around(tpot_s), itl=itl, e2e=e2e,
-        running=throughput * served_s, waiting=throughput * queue, utilisation=1.0 - idle**independent,
+        deployment, workload, kv_tokens, throughput, at, ttft, _around(tpot_s), itl=_itl(at),
+        e2e=_later(ttft, steps * tpot_s), running=throughput * served_s, waiting=throughput * queue,
+        utilisation=1.0 - idle**independent,
     )  # fmt: skip
     return metrics, curve.limit if queued else "concurrency"
 
@@ -180,8 +179,8 @@ def _in_cohorts(
         "long_gap_share": found.met,
     }
     metrics = _metrics(
-        deployment, workload, kv_tokens, throughput, at, ttft, tpot, running=running,
-        waiting=throughput * (in_engine_s - served_s), utilisation=found.busy,
+        deployment, workload, kv_tokens, throughput, at, ttft, tpot, itl=_itl(at), e2e=_around(in_engine_s),
+        running=running, waiting=throughput * (in_engine_s - served_s), utilisation=found.busy,
     )  # fmt: skip
     limit = "token budget" if found.full else curve.limit
     return metrics, limit if found.full or clients > curve.load.most else "concurrency"
@@ -229,8 +228,9 @@ def _swinging(
     }
     tpot = decodes_s / max(workload.output.mean - 1, 1e-9)
     return _metrics(
-        deployment, workload, kv_tokens, throughput, at, ttft, _around(tpot), running=running,
-        waiting=throughput * (ttft.mean - found.prefill_s), utilisation=1.0,
+        deployment, workload, kv_tokens, throughput, at, ttft, _around(tpot), itl=_itl(at),
+        e2e=_later(ttft, decodes_s), running=running, waiting=throughput * (ttft.mean - found.prefill_s),
+        utilisation=1.0,
     )  # fmt: skip
 
 
@@ -283,7 +283,12 @@ def _around(value: float) -> Quantiles:
     return Quantiles(mean=value, p50=value, p90=value, p99=value)
 
 
-def _itl(decode: float, mixed: float, share: float) -> Quantiles:
+def _later(q: Quantiles, by: float) -> Quantiles:
+    return Quantiles(mean=q.mean + by, p50=q.p50 + by, p90=q.p90 + by, p99=q.p99 + by)
+
+
+def _itl(at: dict[str, float]) -> Quantiles:
     """Gaps between tokens: a share of them spans a step that also carried prompt tokens."""
+    decode, mixed, share = at["decode_step_s"], at["long_gap_s"], at["long_gap_share"]
     pick = [mixed if share > 1 - q else decode for q in (0.5, 0.9, 0.99)]
     return Quantiles(mean=decode * (1 - share) + mixed * share, p50=pick[0], p90=pick[1], p99=pick[2])

@@ -2,9 +2,9 @@
 
 Model: who ends is back d later (front end, pause). While few prompts come, D requests decode in short steps and end at
 the rate D / (S t_decode), S decode steps each; d later as many prompts come, and where these are more than the engine
-computes, mu, a queue grows for a time d. Its steps are full of prompts, decodes go on at t_mixed or not at all, few end,
-and few prompts come when the queue is done: a delayed feedback that overshoots for ever. With R and r the rates of ends
-in short and in full steps, a swing has short steps for d and full ones for A = d + (R - mu) d / (mu - r), passes
+computes, mu, a queue grows for a time d. Its steps are full of prompts, decodes go on at t_mixed or not at all, few
+end, and few prompts come when the queue is done: a delayed feedback that overshoots for ever. With R and r the rates of
+ends in short and in full steps, a swing has short steps for d and full ones for A = d + (R - mu) d / (mu - r), passes
 R d + r A requests, and who comes waits for up to (R - mu) d / mu. With a delay below a full step, or with R < mu,
 prompts and decodes stay mixed as `simmoe.steady.load_curve` has them.
 
