@@ -21,7 +21,7 @@ from simmoe.steady.cohorts import Round, round_of_cohorts
 from simmoe.steady.front_end import front_end_s
 from simmoe.steady.kv_seats import cv2
 from simmoe.steady.load_curve import SHOWN, Curve
-from simmoe.steady.open_loop import open_loop, weighted_quantiles
+from simmoe.steady.open_loop import open_loop
 from simmoe.steady.swings import Swing, swing
 
 Array = NDArray[np.float64]
@@ -168,9 +168,7 @@ def _in_cohorts(
     if in_engine_s < served_s * (1 + 1e-12):  # what rounding leaves
         in_engine_s = served_s
     tokens = max(workload.output.mean - 1, 1e-9)
-    even = np.ones((1, served.size))
-    (ttft,) = weighted_quantiles((in_engine_s - found.decodes_s)[None], even)
-    (tpot,) = weighted_quantiles((found.decodes_s / tokens)[None], even)
+    ttft, tpot = Quantiles.of(in_engine_s - found.decodes_s), Quantiles.of(found.decodes_s / tokens)
     at = {
         "step_s": found.step_s,
         "decode_step_s": found.decode_step_s,
@@ -212,7 +210,7 @@ def _swinging(
 ) -> ServingMetrics | None:
     """What a swing shows; None if it leaves decodes less time than their steps take."""
     throughput, steps = found.requests_per_s, curve.load.steps
-    (ttft,) = weighted_quantiles((found.waits_s + found.prefill_s)[None], found.weights[None])
+    ttft = Quantiles.of(found.waits_s + found.prefill_s)
     # clients = X (TTFT + decodes + outside), of which the front end's part grows with who is in the engine
     rest_s = clients / throughput - outside_s - each_s * throughput * found.prefill_s - ttft.mean
     decodes_s = rest_s / (1.0 + each_s * throughput)

@@ -26,7 +26,7 @@ from simmoe.steady.step_times import Load
 Array = NDArray[np.float64]
 
 _ROUNDS = 40  # to solve for who decodes in short and in full steps
-_PARTS = 32  # of the requests that wait longer and longer, or shorter and shorter
+_PARTS = 256  # of the requests, by how long they wait
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Swing:
     Attributes
     ----------
     requests_per_s : throughput. [1/s]
-    waits_s, weights : time in the queue of prompts, and how many wait as long. [s]
+    waits_s : time in the queue of prompts, equally likely values. [s]
     prefill_s : from there to the first token. [s]
     decode_step_s, mixed_step_s : steps in the two halves of a swing. [s]
     mixed_share : share of steps that are full of prompts. [-]
@@ -46,7 +46,6 @@ class Swing:
 
     requests_per_s: float
     waits_s: Array
-    weights: Array
     prefill_s: float
     decode_step_s: float
     mixed_step_s: float
@@ -102,15 +101,13 @@ def swing(
         running = max(running, 1.0)
     if queue < 2:  # chance decides
         return None
-    # the queue grows for those who ended in short steps, and then shrinks
-    longest_s = queue / computed
-    rising = (np.arange(_PARTS) + 0.5) / _PARTS
-    parts = np.array([ending * away_s, ending_in_full * (full_for_s - away_s), ending_in_full * away_s])
+    # the queue grows for those who ended in short steps, and then shrinks; who ended in the last full ones meets none
+    waiting = 1.0 - ending_in_full * away_s / passed
+    waits_s = queue / computed * np.maximum(1.0 - (np.arange(_PARTS) + 0.5) / _PARTS / waiting, 0.0)
     short_steps, full_steps = away_s / short_s, full_for_s / full_s
     return Swing(
         requests_per_s=throughput,
-        waits_s=np.concatenate([longest_s * rising, longest_s * rising, np.zeros(1)]),
-        weights=np.concatenate([np.full(_PARTS, parts[0] / _PARTS), np.full(_PARTS, parts[1] / _PARTS), parts[2:]]),
+        waits_s=waits_s,
         prefill_s=full_s * (0.5 + max(1, math.ceil(1.0 / prompts))),  # also what is left of the step under way
         decode_step_s=short_s,
         mixed_step_s=full_s,
