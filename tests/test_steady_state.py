@@ -11,6 +11,7 @@ from simmoe.api import simulate
 from simmoe.engine.step import StepTable
 from simmoe.errors import CapacityError, SaturationError
 from simmoe.predict import predict
+from simmoe.sim.cluster import simulate as play
 from simmoe.specs.deployment import Deployment
 from simmoe.specs.load import load_hardware, load_model
 from simmoe.specs.workload import Lengths, Workload
@@ -110,9 +111,11 @@ def test_clients_beyond_the_slots_wait_and_change_no_throughput():
 
 
 def test_the_kv_cache_limits_how_many_run():
-    kv = 10 * (100 + 25 + 8)  # ten requests, half a block of 16 lost each
+    kv = 10 * (100 + 25 + 8)  # ten requests, half a block of 16 lost each, but for half of the next prompt
     metrics, bound = solve(table(), work(concurrency=64), kv_tokens=kv)
-    assert metrics.mean_running == pytest.approx(10, rel=0.01)
+    assert metrics.mean_running == pytest.approx(10 - 50 / 133, rel=0.01)
+    played = play(table(), work(concurrency=64), Deployment(), kv, requests=3000).metrics
+    assert metrics.mean_running == pytest.approx(played.mean_running, rel=0.02)
     assert bound == "KV cache"
     assert 0.9 < metrics.kv_utilisation <= 1
 
