@@ -87,7 +87,7 @@ def test_a_short_kv_cache_carries_what_is_simulated(engine, prompt, output, kind
 
 
 def test_tensorrt_llm_seats_whole_requests_and_vllm_those_half_done():
-    """1000 blocks of 16: a request of 500 + 500 has 63 at its end, and half done 758 tokens beside half a prompt free."""
+    """1000 blocks of 16: a request of 500 + 500 has 63 at its end, 758 tokens half done; half a prompt is free."""
     shape = work(500, 500, concurrency=64)
     assert kv_seats("trtllm", shape, Deployment(), 16_000).most == 15
     assert kv_seats("vllm", shape, Deployment(), 16_000).most == pytest.approx(15_750 / 758)
