@@ -27,6 +27,7 @@ from simmoe.steady.step_times import Load
 Array = NDArray[np.float64]
 
 _ROUNDS = 16  # to solve for who decodes beside prompts, which leaves them the room that sets how many steps they fill
+_CLOSE = 1e-4  # of the requests, and of a round
 _EXACT = 1e-9
 
 
@@ -75,7 +76,7 @@ def round_of_cohorts(
     requests, prompt = min(clients, load.most), workload.input.mean
     of_fullest = max(1, math.ceil(requests / dp - _EXACT))  # requests of the fullest rank, whose prompts take longest
     order = np.arange(1.0, of_fullest + 1.0)
-    beside, between, hidden_s = 0.0, requests, 0.0
+    beside, between, hidden_s, moved = 0.0, requests, 0.0, math.inf
     ahead = steps_ahead if clients > 1 and clients - requests < 1 else 0
     for _ in range(_ROUNDS):
         room = max((load.budget - load.width * beside) / dp, 1.0)
@@ -89,20 +90,17 @@ def round_of_cohorts(
         full_s, rest_s = times.mixed_s(
             np.full(2, beside), tokens * np.array([min(1.0, full_steps), rest]), times.fullest(np.full(2, between))
         ).tolist()
-        decode_s = float(times.decode_s(np.array([max(between, 1.0)], dtype=np.float64))[0])
+        decode_s = float(times.decode_s(np.array([max(between, 1.0)]))[0])
         away_s = max(0.0, outside_s + each_s * requests - hidden_s)
         full = first + steps + _steps_met(away_s, full_s, ahead) <= full_steps
-        ends_s = np.append(full_s * np.arange(count), full_s * (count - 1) + rest_s)  # of steps with prompts, 0 before
-        idle_s = 0.0
+        idle, idle_s, again = False, 0.0, np.zeros(1)
         if full:
-            mixed_steps, pure, idle = full_steps, 0.0, False
-            ends_s = full_s * np.arange(count + 1.0)
-            met, met_s = np.full(of_fullest, steps), np.full(of_fullest, steps * full_s)
-            round_s = full_steps * full_s
+            mixed_steps, pure, rest_s = full_steps, 0.0, full_s
+            in_mixed, round_s = steps, full_steps * full_s
         else:
+            prompts_s = full_s * (count - 1) + rest_s
             covered = max(0.0, count - first - steps)  # steps with prompts of others while the first is away
-            ended = int(min(first + steps, count))
-            left_s = max(0.0, away_s - (float(ends_s[-1]) - float(ends_s[ended])))
+            left_s = max(0.0, away_s - (prompts_s - full_s * int(first + steps) if covered else 0.0))
             after = count - first - covered  # steps until the last ends
             # who ends later finds fewer in the step, and may pass the front end before
             left_s = max(0.0, left_s + min(0.0, after * (decode_s - each_s * requests / count)))
@@ -110,31 +108,43 @@ def round_of_cohorts(
             outside = 0.0 if idle else _steps_met(left_s, decode_s, ahead)
             period = first + steps + covered + outside
             pure, mixed_steps = max(0.0, period - count), float(count)
-            here = np.minimum(last + steps, count)
-            met = np.maximum(here - last, 0.0)
-            met_s = np.where(met > 0, np.interp(here, np.arange(count + 1.0), ends_s) - ends_s[last.astype(int)], 0.0)
             if idle:
                 idle_s = left_s
                 if count > first and ahead:  # the first decode on before who came during their prompts
                     pure += 1
             else:
-                again = np.clip(last + steps - period, 0.0, count)
-                met += again
-                met_s += np.interp(again, np.arange(count + 1.0), ends_s)
-            round_s = float(ends_s[-1]) + pure * decode_s + idle_s
-        in_mixed = float(met.mean())
+                again = np.minimum(np.maximum(last + (steps - period), 0.0), count)
+            in_mixed = float((np.minimum(last + steps, count) - last + again).sum()) / of_fullest
+            round_s = prompts_s + pure * decode_s + idle_s
         with_decodes = pure + (count - first - max(0.0, count - first - steps) if idle else 0.0)
         new_beside = requests * in_mixed / mixed_steps
-        new_between = requests * (steps - in_mixed) / with_decodes if with_decodes > 0.5 else requests
-        beside, between = (beside + new_beside) / 2, (between + min(new_between, requests)) / 2
-        hidden_s = max(0.0, (clients - requests) * round_s / requests)
+        new_between = min(requests * (steps - in_mixed) / with_decodes if with_decodes > 0.5 else requests, requests)
+        was_hidden_s, hidden_s = hidden_s, max(0.0, (clients - requests) * round_s / requests)
+        move = max(abs(new_beside - beside), abs(new_between - between)) / requests
+        if max(move, abs(hidden_s - was_hidden_s) / round_s) < _CLOSE:
+            break
+        # whole steps make it jump to and fro
+        weight = 1.0 if move < moved / 2 else 0.5
+        moved = move
+        beside += weight * (new_beside - beside)
+        between += weight * (new_between - between)
     stepped = mixed_steps + with_decodes
+    ends_s = full_s * np.arange(count + 1.0)  # of steps with prompts
+    ends_s[-1] += rest_s - full_s
     mixed_s = float(ends_s[-1]) / count
+    ended_s = ends_s[last.astype(int)]
     starts = np.floor((order - 1.0) * (full_steps / of_fullest) + _EXACT).astype(int)
+    if full:
+        decodes_s = np.full(of_fullest, steps * full_s)
+    else:
+        until, at = np.minimum(last + steps, count), np.arange(count + 1.0)
+        met = until - last + again
+        met_s = np.interp(until, at, ends_s) - ended_s + np.interp(again, at, ends_s)
+        decodes_s = met_s + (steps - met) * decode_s
     return Round(
         requests_per_s=requests / round_s,
-        prefill_s=ends_s[last.astype(int)] - ends_s[starts],
-        decodes_s=met_s + (steps - met) * decode_s,
+        prefill_s=ended_s - ends_s[starts],
+        decodes_s=decodes_s,
         met=in_mixed / steps if steps else 0.0,
         step_s=(mixed_steps * mixed_s + with_decodes * decode_s) / stepped,
         decode_step_s=decode_s,

@@ -80,8 +80,8 @@ class StepTimes:
         at_least = np.maximum(decoding, 1.0)
         scale = np.divide(at_least, decoding, out=np.ones_like(decoding), where=decoding > 0)
         rows = at_least * table.rows_per_decode
-        tokens = np.interp(rows, np.arange(table.max_tokens + 1), table.token_s)
-        head = np.interp(rows, np.arange(len(table.head_s)), table.head_s)
+        tokens = np.interp(rows, _counts(table.max_tokens + 1), table.token_s)
+        head = np.interp(rows, _counts(len(table.head_s)), table.head_s)
         return np.asarray(tokens + head + _attention_s(table, at_least, context * scale), dtype=np.float64)
 
     def mixed_s(self, beside: Array, chunk: Array, fullest: Array, waited_for: Array | None = None) -> Array:
@@ -93,7 +93,7 @@ class StepTimes:
         input_tokens, varied = self.input_tokens, self.varied
         piece = min(input_tokens, self.most_each)
         cohort = np.maximum(chunk / piece, 1.0)
-        spread = np.interp(cohort, np.arange(1, self.dp + 1), self.largest)
+        spread = np.interp(cohort, _counts(self.dp) + 1.0, self.largest)
         longest = 1.0 + math.sqrt(varied) * spread
         # ranks that step together wait for the one that has a prompt: attention and head as if each had one
         whole = input_tokens * longest
@@ -114,7 +114,7 @@ class StepTimes:
         """
         typical = self.input_tokens * (1.0 + self.varied)  # a token's own prompt is longer than the mean one
         cohort = np.maximum(tokens / min(self.input_tokens, self.most_each), 1.0)
-        spread = math.sqrt(self.varied) * np.interp(cohort, np.arange(1, self.dp + 1), self.largest)
+        spread = math.sqrt(self.varied) * np.interp(cohort, _counts(self.dp) + 1.0, self.largest)
         slowest = np.maximum(tokens, self.dp * np.minimum(np.minimum(tokens, typical * (1.0 + spread)), self.most_each))
         behind = np.where(tokens >= room, np.maximum(typical - room / self.dp, 0.0) / 2, 0.0)
         pairs = slowest * (np.where(tokens >= room, typical, np.minimum(tokens, typical)) + 1.0) / 2
@@ -150,7 +150,7 @@ class StepTimes:
         base_s, per_token_s, per_pair_s, per_cached_s = table.prefill_terms
         return np.asarray(
             tokens_s
-            + np.interp(np.minimum(sampled, len(table.head_s) - 1), np.arange(len(table.head_s)), table.head_s)
+            + np.interp(np.minimum(sampled, len(table.head_s) - 1), _counts(len(table.head_s)), table.head_s)
             + _attention_s(table, attending, attended * self.mean_context)
             + share_shown * (base_s + per_token_s * slowest + per_pair_s * pairs + per_cached_s * cached),
             dtype=np.float64,
@@ -160,7 +160,7 @@ class StepTimes:
 def _with_prompts(table: StepTable, rows: Array, prompts: Array) -> tuple[Array, Array]:
     """Part that depends on the rows alone, of steps with prompts; and the share of prompts' attention. [s], [-]"""
     by_batches, shares = table.prompts
-    index = np.arange(table.max_tokens + 1)
+    index = _counts(table.max_tokens + 1)
     if len(shares) == 1:
         return np.interp(rows, index, by_batches[0]), shares
     # a mean of 1.4 prompts is a step with one and, now and then, one with two
@@ -198,8 +198,14 @@ def _largest_normal(most: int) -> Array:
     return np.array([normal.inv_cdf((n - 0.375) / (n + 0.25)) for n in range(1, most + 1)])
 
 
+@lru_cache(maxsize=64)
+def _counts(most: int) -> Array:
+    """0, 1, .. as floats: what the entries of a table stand for, shape (most,)."""
+    return np.arange(most, dtype=np.float64)
+
+
 def _attention_s(table: StepTable, decoding: Array, context: Array) -> Array:
-    index = np.arange(len(table.decode_base_s))
+    index = _counts(len(table.decode_base_s))
     base = np.interp(decoding, index, table.decode_base_s)
     slope = np.interp(decoding, index, table.decode_per_context_s)
     return np.where(decoding > 0, base * np.minimum(decoding, 1.0) + slope * context, 0.0)
