@@ -14,6 +14,7 @@ Left out: correlation between replicas' runs; use replications where batch means
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self
@@ -57,10 +58,18 @@ class Quantiles:
     @classmethod
     def of(cls, values: Array) -> Self:
         """Quantiles of a sample; all nan if it is empty."""
-        if not len(values):
+        most = len(values) - 1
+        if most < 0 or math.isnan(mean := float(values.mean())):
             return cls(mean=np.nan, p50=np.nan, p90=np.nan, p99=np.nan)
-        p50, p90, p99 = np.percentile(values, (50, 90, 99)).tolist()
-        return cls(mean=float(values.mean()), p50=p50, p90=p90, p99=p99)
+        # as np.percentile, whose checks take longer than a closed form
+        at = [share * most for share in (0.5, 0.9, 0.99)]
+        beside = [(int(place), min(int(place) + 1, most)) for place in at]
+        ordered = np.partition(values, sorted({place for pair in beside for place in pair}))
+        p50, p90, p99 = (
+            float(ordered[low] + (ordered[high] - ordered[low]) * (place - low))
+            for place, (low, high) in zip(at, beside, strict=True)
+        )
+        return cls(mean=mean, p50=p50, p90=p90, p99=p99)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,6 +26,7 @@ from simmoe.steady.step_times import Load
 Array = NDArray[np.float64]
 
 _ROUNDS = 40  # to solve for who decodes in short and in full steps
+_CLOSE = 1e-3  # of the clients
 _PARTS = 256  # of the requests, by how long they wait
 
 
@@ -95,10 +96,14 @@ def swing(
             clients - ending_in_full * away_s,
         )
         mean = ((at_start + at_most) * away_s + (at_most + at_end) * (full_for_s - away_s)) / 2 / full_for_s
-        in_short += 0.3 * (max((at_start + at_end) / 2, 1.0) - in_short)
-        in_full += 0.3 * (max(mean, 0.0) - in_full)
-        running = clients - throughput * away_s - queue * full_for_s / 2 / (away_s + full_for_s)
-        running = max(running, 1.0)
+        more_in_short = max((at_start + at_end) / 2, 1.0) - in_short
+        more_in_full = max(mean, 0.0) - in_full
+        was_running = running
+        running = max(clients - throughput * away_s - queue * full_for_s / 2 / (away_s + full_for_s), 1.0)
+        if max(abs(more_in_short), abs(more_in_full), abs(running - was_running)) < _CLOSE * clients:
+            break
+        in_short += 0.3 * more_in_short
+        in_full += 0.3 * more_in_full
     if queue < 2:  # chance decides
         return None
     # the queue grows for those who ended in short steps, and then shrinks; who ended in the last full ones meets none
