@@ -11,8 +11,6 @@ profiles/*/mla_bmm_*.
 
 from __future__ import annotations
 
-from itertools import product
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -142,20 +140,22 @@ def _kernel_s(features: Features, parameters: Parameters, hardware: Hardware, me
     batch, m, n, k = (features[name] for name in ("batch", "m", "n", "k"))
     sm_flop_per_s = peak_flop_per_s(hardware, features["compute_bits"]) * parameters["compute_efficiency"] / sms
     feed = parameters["sm_feed"] * hardware.device.memory_bandwidth / sms
+    rows, columns = (np.reshape(side, (-1, *(1,) * np.ndim(m))) for side in np.array(TILES, dtype=np.float64).T)
+    tiles = batch * np.ceil(m / rows) * np.ceil(n / columns) / sms
+    multiply = 2.0 * rows * columns * k / sm_flop_per_s
+    pull = k * (rows * features["activation_bytes"] + columns * features["weight_bytes"]) / feed
+    whole = np.maximum(np.maximum(multiply, pull), k / SCALE_BLOCK * parameters["step_s"])
+    end = parameters["tile_s"] * rows * columns / REFERENCE_TILE
     best = np.full(np.shape(m), np.inf)
-    for (rows, columns), split in product(TILES, SPLITS):
+    for split in SPLITS:
         # assumption: block-scaled 8-bit kernels do not cut k; their times grow with k where bf16 ones stay flat
         allowed = (features["compute_bits"] > 8) | (split == 1)
         if not allowed.any():
             continue
-        depth = k / split
-        rounds = batch * np.ceil(m / rows) * np.ceil(n / columns) * split / sms
+        rounds = tiles * split
         waves = np.maximum(1.0, rounds + parameters["wave"] * (np.ceil(rounds) - rounds))
-        multiply = 2.0 * rows * columns * depth / sm_flop_per_s
-        pull = depth * (rows * features["activation_bytes"] + columns * features["weight_bytes"]) / feed
-        steps = depth / SCALE_BLOCK * parameters["step_s"]
-        tile = np.maximum(np.maximum(multiply, pull), steps) + parameters["tile_s"] * rows * columns / REFERENCE_TILE
-        time = soft_max(memory, waves * tile, parameters["power"])
+        # the overlap with memory keeps the order of tiles
+        time = soft_max(memory, np.min(waves * (whole / split + end), axis=0), parameters["power"])
         if split > 1:
             time = time + parameters["split_s"] + split * batch * m * n * PARTIAL_BYTES / (feed * sms)
         best = np.minimum(best, np.where(allowed, time, np.inf))
