@@ -39,7 +39,7 @@ def time_to_first_token(curve: Curve, workload: Workload, rates: Array, number: 
     met_s = queue.step_s[rows, met]
     rest_s = met_s * (1.0 - share[_MOMENT])
     left = (queue.waiting - queue.served)[rows, met]
-    came = queue.came_during(met_s, share[_CAME])
+    came = queue.came_during(met_s, _CAME)
     steps = np.where(met == 0, 1.0, 0.0) if curve.prompts_first else np.ones_like(rest_s)
     if curve.steps_ahead:
         left = left + queue.waiting[rows, drawn(queue.come, _AHEAD)]

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from simmoe.specs.workload import Workload
 from simmoe.steady.load_curve import Curve
-from simmoe.steady.points import POINTS, prompts_at
+from simmoe.steady.points import POINTS, drawn_in_order, places, prompts_at
 
 Array = NDArray[np.float64]
 
@@ -103,16 +103,15 @@ class PromptQueue:
         square = (self.after_prompt * self.gap_square).sum(axis=1)
         return np.asarray(np.maximum(square - (self.after_prompt * self.gap_s).sum(axis=1) ** 2, 0.0))
 
-    def came_during(self, step_s: Array, share: Array) -> Array:
-        """Prompt tokens that come during a step, at a place in their distribution, shape (loads, points). [tokens]"""
+    def came_during(self, step_s: Array, coordinate: int) -> Array:
+        """Prompt tokens that come during a step, at a coordinate of `points.shares`, shape (loads, points). [tokens]"""
         durations, cells = self.came.shape[1:]
         low, high = self.durations_s[:, :1], self.durations_s[:, -1:]
         place = (step_s - low) / np.maximum(high - low, 1e-300) * (durations - 1)
         wanted = np.rint(place).astype(np.int64)
-        upto = (np.cumsum(self.came, axis=2) + np.arange(durations)[:, None]).reshape(len(low), -1)
-        found = [np.searchsorted(row, share * (1 - 1e-9) + at) for row, at in zip(upto, wanted, strict=True)]
-        cell = np.clip(np.array(found) - wanted * cells, 0, cells - 1)
-        return np.asarray(self.waiting[np.arange(len(low))[:, None], cell])
+        drawn = drawn_in_order(self.came.reshape(-1, cells)).reshape(-1, durations, POINTS)
+        rows = np.arange(len(low))[:, None]
+        return np.asarray(self.waiting[rows, drawn[rows, wanted, places(coordinate)]])
 
     def computed(self, waiting: Array) -> Array:
         """Prompt tokens that a step computes of those waiting, shape (loads, ...). [tokens]"""
@@ -330,11 +329,11 @@ def _settling(moves: Array, share: Array, step_s: Array, begin: Array) -> tuple[
     By the chain's fundamental matrix (Kemeny and Snell, "Finite Markov Chains", 1960, ch. 4): shapes (loads, n), and
     (loads,), of the time over the steps' number. [steps], [s^2]
     """
-    fundamental = np.linalg.inv(np.eye(_CELLS) - moves + share[:, None])
     off = step_s - (share * step_s).sum(axis=1, keepdims=True)
-    ahead = np.matmul(fundamental, off[:, :, None])[:, :, 0]
-    met = np.matmul(begin[:, None], fundamental)[:, 0]
-    return np.asarray(met), np.asarray((share * off * (2.0 * ahead - off)).sum(axis=1))
+    weighted = share * off
+    inverse = np.eye(_CELLS) - moves + share[:, None]
+    met, ahead = np.moveaxis(np.linalg.solve(np.swapaxes(inverse, 1, 2), np.stack([begin, weighted], axis=2)), 2, 0)
+    return met, (2.0 * ahead * off - weighted * off).sum(axis=1)
 
 
 def _gaps(moves: Array, step_s: Array, paused: Array) -> tuple[Array, Array]:
