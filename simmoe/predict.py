@@ -7,7 +7,7 @@ residual spread of the kernel fits, part by part, weighted by each part's share 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -28,7 +28,7 @@ from simmoe.specs.engines import EngineParameters, release_note
 from simmoe.specs.hardware import Hardware
 from simmoe.specs.load import calibration_of
 from simmoe.specs.model import Model
-from simmoe.specs.workload import Workload
+from simmoe.specs.workload import Lengths, Workload
 from simmoe.steady.front_end import delayed
 from simmoe.steady.load_curve import Curve, load_curve, saturation_requests_per_s
 from simmoe.steady.prefill_first import prompts_first
@@ -114,6 +114,18 @@ class Compiled:
     engine: Engine
     table: StepTable
     memory: MemoryFootprint
+    _curves: dict[tuple[Lengths, Lengths], Curve] = field(default_factory=dict, repr=False, compare=False)
+
+    def curve(self, workload: Workload) -> Curve:
+        """Throughput against requests held; of open loops one curve is kept per lengths, whatever their rate."""
+        lengths = workload.input, workload.output
+        curve = self._curves.get(lengths) if workload.open_loop else None
+        if curve is None:
+            curve = load_curve(self.table, self.engine.deployment, workload, self.memory.kv_tokens)
+            if workload.open_loop:
+                self._curves.clear()
+                self._curves[lengths] = curve
+        return curve
 
 
 @lru_cache(maxsize=128)  # a table takes up to some MB
@@ -152,7 +164,7 @@ def predict(hardware: Hardware, model: Model, deployment: Deployment, workload: 
             f"{longest:.7g} tokens (input and output) exceed the {model.max_context} tokens of context {model.name} has"
         )
     parts = compiled_for(hardware, model, deployment, workload)
-    curve = load_curve(parts.table, deployment, workload, parts.memory.kv_tokens)
+    curve = parts.curve(workload)
     saturation = saturation_requests_per_s(curve) * deployment.replicas * workload.output.mean
     metrics: ServingMetrics | None
     try:

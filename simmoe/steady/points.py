@@ -44,16 +44,17 @@ def _normal(share: Array) -> Array:
 
 def prompts_at(workload: Workload, coordinate: int) -> Array:
     """Prompt lengths of requests at a coordinate of `shares`, shape (POINTS,). [tokens]"""
-    return _lengths_at(workload.input, workload.trace, "input_tokens", coordinate)
+    return lengths_at(workload.input, workload.trace, "input_tokens", coordinate)
 
 
 def outputs_at(workload: Workload, coordinate: int) -> Array:
     """Output lengths of requests at a coordinate of `shares`, shape (POINTS,). [tokens]"""
-    return _lengths_at(workload.output, workload.trace, "output_tokens", coordinate)
+    return lengths_at(workload.output, workload.trace, "output_tokens", coordinate)
 
 
 @lru_cache(maxsize=64)
-def _lengths_at(lengths: Lengths, trace: TraceReplay | None, column: str, coordinate: int) -> Array:
+def lengths_at(lengths: Lengths, trace: TraceReplay | None, column: str, coordinate: int) -> Array:
+    """Lengths of requests, those of a trace in one of its columns, at a coordinate of `shares`. [tokens]"""
     share = shares()[coordinate]
     if lengths.kind == "uniform":
         assert lengths.high is not None

@@ -13,20 +13,22 @@ one queue here.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from simmoe.specs.workload import Workload
+from simmoe.specs.workload import Lengths, TraceReplay, Workload
 from simmoe.steady.load_curve import Curve
-from simmoe.steady.points import POINTS, drawn_in_order, places, prompts_at
+from simmoe.steady.points import POINTS, drawn_in_order, lengths_at, places
+from simmoe.steady.step_times import StepTimes
 
 Array = NDArray[np.float64]
 
 #: Cells of the grid of waiting tokens; lengths of steps whose arrivals, token counts whose steps are tabulated.
 _CELLS, _DURATIONS, _SIZES = 48, 8, 24
-_CELL = np.arange(_CELLS, dtype=np.float64)
+_CELL, _ONE = np.arange(_CELLS, dtype=np.float64), np.eye(_CELLS)
+_DURATION, _SIZE = np.linspace(0.0, 1.0, _DURATIONS), np.linspace(0.0, 1.0, _SIZES)
 #: How far the grid reaches: standard deviations of what comes in a step, means of what waits beyond its room.
 _DEVIATIONS, _BACKLOGS = 4.0, 5.0
 
@@ -149,6 +151,17 @@ class PromptQueue:
         return np.where(full, self.full_s[:, None], beside_s), np.where(full, self.full_alone_s[:, None], alone_s)
 
 
+@dataclass(frozen=True)
+class _Prompts:
+    """What prompts bring: their work, shape (m,), and how likely it is; mean, mean square, and nearly the most of it."""
+
+    work: Array
+    chance: Array
+    mean: float
+    square: float
+    longest: float
+
+
 def prompt_queue(curve: Curve, workload: Workload, rates: Array, in_flight: Array, idle: Array) -> PromptQueue:
     """Solve for each of ``rates`` [1/s], with ``in_flight`` requests while any is there, ``idle`` else.
 
@@ -156,9 +169,9 @@ def prompt_queue(curve: Curve, workload: Workload, rates: Array, in_flight: Arra
     """
     times, dp = curve.times, curve.times.dp
     at = curve.at(in_flight, ("decode_step_s", "room", "decoding", "beside", "mixed_step_s"))
-    lengths = _as_work(curve, prompts_at(workload, 0))
+    prompts = _prompts(times, workload.input, workload.trace, curve.token_budget)
     room, decode_s = at["room"], at["decode_step_s"]
-    sizes = np.exp(np.log(room)[:, None] * np.linspace(0.0, 1.0, _SIZES))
+    sizes = room[:, None] ** _SIZE
     fullest = times.fullest(at["decoding"])[:, None]
     beside = at["beside"] if curve.prompts_first else at["decoding"]
     # the last column is a step that is full, whose prompts may have begun before and go on after
@@ -169,29 +182,31 @@ def prompt_queue(curve: Curve, workload: Workload, rates: Array, in_flight: Arra
     by_size = times.prompt_step_s(beside.ravel(), *flat).reshape(beside.shape)
     sizes_s, alone_s = np.maximum.accumulate(by_size[:, :, :-1], axis=2)
     full_s, full_alone_s = by_size[:, :, -1]
-    cell = _cell(rates, room, lengths, at["mixed_step_s"], full_s)
-    waiting, jumps = _on_grid(lengths, cell)
+    cell = _cell(rates, room, prompts, at["mixed_step_s"], full_s)
+    waiting, jumps = _on_grid(prompts, cell)
     # as many ranks work on prompts as have one
-    typical = float((lengths**2).mean() / lengths.mean())
+    typical, mean = prompts.square / prompts.mean, prompts.mean
     served = _computed(waiting, room, typical, dp)
     step_s = np.where(served >= room[:, None], full_s[:, None], _read(served, room, sizes_s)[0])
     step_s[:, 0] = decode_s
-    durations_s = np.linspace(step_s.min(axis=1), step_s.max(axis=1), _DURATIONS, axis=1)
+    shortest_s, longest_s = step_s.min(axis=1, keepdims=True), step_s.max(axis=1, keepdims=True)
+    durations_s = shortest_s + (longest_s - shortest_s) * _DURATION
     came = _compound_poisson(rates[:, None] * durations_s, jumps)
     arrivals = _arrivals(durations_s, came, step_s)
     moves = _moves(arrivals, (waiting - served) / waiting[:, 1:2])
     # who decodes does not meet the prompts that start an idle engine
-    share = _stationary(moves)
     anew = np.minimum((rates * idle / np.maximum(1.0 - idle, 1e-12))[:, None] * step_s, 1.0)[:, :, None]
-    met = _stationary(moves * (1.0 - anew) + anew * jumps[:, None]) * step_s
+    started = moves + anew * (jumps[:, None] - moves)
+    share, met = _stationary(np.concatenate([moves, started])).reshape(2, -1, _CELLS)
+    met = met * step_s
     paused = np.zeros_like(waiting)
     if curve.prompts_first:  # of the ranks, those that have a prompt
-        paused[:, 1:] = 1.0 - (1.0 - 1.0 / dp) ** np.maximum(served[:, 1:] / lengths.mean(), 1.0) if dp > 1 else 1.0
+        paused[:, 1:] = 1.0 - (1.0 - 1.0 / dp) ** np.maximum(served[:, 1:] / mean, 1.0) if dp > 1 else 1.0
     going_on = np.matmul((share * (1.0 - paused))[:, None], moves)[:, 0]
     # of prompts of mean length the first waiting has come as far as the others leave it, to a cell
-    prompts = np.maximum(np.rint(waiting / lengths.mean()), 1.0)
-    first = np.maximum(waiting - (prompts - 1.0) * lengths.mean() - waiting[:, 1:2], 0.0)
-    ended = np.where(served < first, 0.0, np.floor((served - first) / lengths.mean()) + 1.0)
+    before = np.maximum(np.rint(waiting / mean), 1.0) - 1.0
+    first = np.maximum(waiting - before * mean - waiting[:, 1:2], 0.0)
+    ended = np.where(served < first, 0.0, np.floor((served - first) / mean) + 1.0)
     ended[:, 0] = 0.0
     beginning = np.matmul((share * ended)[:, None], moves)[:, 0]
     gap_s, gap_square = _gaps(moves, step_s, paused)
@@ -214,14 +229,18 @@ def prompt_queue(curve: Curve, workload: Workload, rates: Array, in_flight: Arra
     )  # fmt: skip
 
 
-def _as_work(curve: Curve, lengths: Array) -> Array:
-    """Prompts in tokens of mean cost: those of long prompts attend to more. [tokens]"""
-    one, room = np.ones(1), np.full(1, curve.token_budget)
-    token_s = float(curve.times.prompt_step_s(0.0 * one, room, room, one)[0]) / curve.token_budget
-    each = curve.token_budget / curve.times.dp
-    full = np.ceil(lengths / each - 1e-9) - 1.0
-    beyond_s = curve.times.own_prompt_s(lengths, full, lengths - full * each, room)
-    return np.maximum(lengths + beyond_s / token_s, 1.0)
+@lru_cache(maxsize=16)
+def _prompts(times: StepTimes, lengths: Lengths, trace: TraceReplay | None, token_budget: float) -> _Prompts:
+    """Prompts in tokens of mean cost: those of long prompts attend to more."""
+    one, room = np.ones(1), np.full(1, token_budget)
+    token_s = float(times.prompt_step_s(0.0 * one, room, room, one)[0]) / token_budget
+    length, count = np.unique(lengths_at(lengths, trace, "input_tokens", 0), return_counts=True)
+    each = token_budget / times.dp
+    full = np.ceil(length / each - 1e-9) - 1.0
+    beyond_s = times.own_prompt_s(length, full, length - full * each, room)
+    work, chance = np.maximum(length + beyond_s / token_s, 1.0), count / count.sum()
+    longest = float(np.quantile(np.repeat(work, count), 1.0 - 2.0 / POINTS))
+    return _Prompts(work, chance, float(work @ chance), float(work**2 @ chance), longest)
 
 
 def _computed(waiting: Array, room: Array, typical: float, ranks: int) -> Array:
@@ -235,14 +254,13 @@ def _read(tokens: Array, room: Array, *times_s: Array) -> tuple[Array, ...]:
     lower = np.minimum(at.astype(np.int64), _SIZES - 2)
     part = at - lower
     flat = lower + np.arange(len(tokens))[:, None] * _SIZES
-    return tuple(each.ravel()[flat] * (1.0 - part) + each.ravel()[flat + 1] * part for each in times_s)
+    return tuple(each.ravel().take(flat) * (1.0 - part) + each.ravel().take(flat + 1) * part for each in times_s)
 
 
-def _cell(rates: Array, room: Array, lengths: Array, step_s: Array, full_step_s: Array) -> Array:
+def _cell(rates: Array, room: Array, prompts: _Prompts, step_s: Array, full_step_s: Array) -> Array:
     """Width of the grid's cells: it holds nearly all that may wait. [tokens]"""
-    mean, square = lengths.mean(), (lengths**2).mean()
-    longest = float(np.quantile(lengths, 1.0 - 2.0 / POINTS))
-    come = longest + rates * step_s * mean + _DEVIATIONS * np.sqrt(rates * step_s * square)
+    mean, square = prompts.mean, prompts.square
+    come = prompts.longest + rates * step_s * mean + _DEVIATIONS * np.sqrt(rates * step_s * square)
     # Pollaczek and Khinchine's mean work, beyond what a step holds
     load = np.minimum(rates * mean * full_step_s / room, 0.98)
     backlog = rates * square * full_step_s / room / (2.0 * (1.0 - load))
@@ -252,20 +270,21 @@ def _cell(rates: Array, room: Array, lengths: Array, step_s: Array, full_step_s:
     return np.asarray(np.where(reach > room, room / np.maximum(np.floor(room / wanted), 1.0), wanted))
 
 
-def _on_grid(lengths: Array, cell: Array) -> tuple[Array, Array]:
+def _on_grid(prompts: _Prompts, cell: Array) -> tuple[Array, Array]:
     """The grid, shape (loads, cells), and the distribution of a prompt's length over it, each keeping the mean."""
-    position = lengths / cell[:, None]
+    position = prompts.work / cell[:, None]
     # a prompt is at least a cell: none would be a step without prompts; where many come in a step none matters
-    position = np.where(lengths.mean() < 2.0 * cell[:, None], position, np.maximum(position, 1.0))
+    position = np.where(prompts.mean < 2.0 * cell[:, None], position, np.maximum(position, 1.0))
     position = np.minimum(position, _CELLS - 1.0)
     lower = np.minimum(position.astype(np.int64), _CELLS - 2)
     part = position - lower
     row = np.arange(len(cell))[:, None] * _CELLS
     size = len(cell) * _CELLS
-    below = np.bincount((row + lower).ravel(), weights=(1.0 - part).ravel(), minlength=size)
-    above = np.bincount((row + lower + 1).ravel(), weights=part.ravel(), minlength=size)
-    jumps = np.asarray((below + above).reshape(-1, _CELLS) / lengths.size, dtype=np.float64)
-    return _CELL * (lengths.mean() / (jumps @ _CELL))[:, None], jumps
+    place, above = (row + lower).ravel(), part * prompts.chance
+    jumps = np.bincount(place, weights=(prompts.chance - above).ravel(), minlength=size)
+    jumps += np.bincount(place + 1, weights=above.ravel(), minlength=size)
+    jumps = jumps.reshape(-1, _CELLS)
+    return _CELL * (prompts.mean / (jumps @ _CELL))[:, None], jumps
 
 
 def _compound_poisson(counts: Array, jumps: Array) -> Array:
@@ -315,7 +334,7 @@ def _shifted(rows: Array, by: NDArray[np.int64]) -> Array:
 
 def _stationary(moves: Array) -> Array:
     """Stationary distributions of Markov chains, (loads, n, n) -> (loads, n). [-]"""
-    system = np.swapaxes(moves, 1, 2) - np.eye(_CELLS)
+    system = np.swapaxes(moves, 1, 2) - _ONE
     system[:, -1] = 1.0
     right = np.zeros((len(moves), _CELLS, 1))
     right[:, -1] = 1.0
@@ -331,7 +350,7 @@ def _settling(moves: Array, share: Array, step_s: Array, begin: Array) -> tuple[
     """
     off = step_s - (share * step_s).sum(axis=1, keepdims=True)
     weighted = share * off
-    inverse = np.eye(_CELLS) - moves + share[:, None]
+    inverse = _ONE - moves + share[:, None]
     met, ahead = np.moveaxis(np.linalg.solve(np.swapaxes(inverse, 1, 2), np.stack([begin, weighted], axis=2)), 2, 0)
     return met, (2.0 * ahead * off - weighted * off).sum(axis=1)
 
@@ -344,7 +363,7 @@ def _gaps(moves: Array, step_s: Array, paused: Array) -> tuple[Array, Array]:
     if not paused.any():
         return step_s, step_s**2
     on = paused[:, :, None] * moves
-    system = np.eye(_CELLS) - on
+    system = _ONE - on
     mean = np.linalg.solve(system, step_s[:, :, None])
     square = np.linalg.solve(system, step_s[:, :, None] ** 2 + 2.0 * step_s[:, :, None] * np.matmul(on, mean))
     return np.asarray(mean[:, :, 0]), np.asarray(square[:, :, 0])
