@@ -21,8 +21,18 @@ Numbers = NDArray[np.int64]
 _PROMPT, NUMBER, _STEP, _MOMENT, _CAME, _AHEAD, OUTPUT, TOKEN, _GAP = range(9)
 
 
-def time_to_first_token(curve: Curve, workload: Workload, rates: Array, number: Numbers, queue: PromptQueue) -> Array:
+def between(by_number: Array, at: Array) -> Array:
+    """A table by whole numbers from 0 on, read between them, too."""
+    lower = np.minimum(at.astype(np.int64), len(by_number) - 2)
+    return by_number.take(lower) + np.diff(by_number).take(lower) * (at - lower)
+
+
+def time_to_first_token(
+    curve: Curve, workload: Workload, rates: Array, number: Numbers, decode_s: Array, queue: PromptQueue
+) -> Array:
     """Time to first token at every point, shape (loads, points). [s]
+
+    ``number`` is what a point meets in the system, ``decode_s`` a decode step by it, shape (numbers,); so below.
 
     The rest of the running step (long steps are met more often) and the one decided ahead, if the engine does so, then
     steps that the prompts before fill, and the one that ends the prompt, with those that came in the same step as far
@@ -32,7 +42,7 @@ def time_to_first_token(curve: Curve, workload: Workload, rates: Array, number: 
     times, dp, share = curve.times, curve.times.dp, shares()
     idle = number == 0
     length, room = prompts_at(workload, _PROMPT), np.where(idle, curve.token_budget, queue.room[:, None])
-    slower_s = _slower(curve, queue, number)
+    slower_s = _slower(decode_s, queue, number)
     rows = np.arange(len(rates))[:, None]
 
     met = drawn(queue.met, _STEP)
@@ -62,14 +72,13 @@ def time_to_first_token(curve: Curve, workload: Workload, rates: Array, number: 
     return np.where(idle, full * full_alone_s + last_alone_s, rest_s + slower_s * steps + beside_s) + own_s
 
 
-def _slower(curve: Curve, queue: PromptQueue, number: Numbers) -> Array:
+def _slower(decode_s: Array, queue: PromptQueue, number: Numbers) -> Array:
     """How much longer a decode step takes with a number in the system than at the queue's mean, (loads, points). [s]"""
-    numbers = np.maximum(np.arange(number.max() + 1, dtype=np.float64), 1.0)
-    return np.asarray(np.interp(numbers, curve.in_flight, curve.decode_step_s)[number] - queue.decode_s[:, None])
+    return np.asarray(decode_s.take(number) - queue.decode_s[:, None])
 
 
 def time_per_output_token(
-    curve: Curve, workload: Workload, running: Array, number: Numbers, queue: PromptQueue
+    curve: Curve, workload: Workload, running: Array, number: Numbers, decode_s: Array, queue: PromptQueue
 ) -> Array:
     """Time per output token at every point, shape (loads, points). [s]
 
@@ -82,7 +91,7 @@ def time_per_output_token(
     kept = np.where(stay < 1.0, 1.0 - stay / 3.0, (1.0 - 1.0 / (3.0 * stay)) / stay)
     seen = np.maximum(running[:, None] + np.sqrt(kept) * (number - running[:, None]), 1.0)
     per_token = curve.steps_per_token(workload)
-    state_s = np.interp(seen, curve.in_flight, curve.decode_step_s) * queue.stretch[:, None] * per_token
+    state_s = between(decode_s, seen) * queue.stretch[:, None] * per_token
 
     longer = ((queue.stretch - 1.0) * queue.decode_s)[:, None]
     gaps = np.maximum((output - 1.0) * per_token, 1.0)
@@ -98,10 +107,10 @@ def time_per_output_token(
     return np.asarray(np.maximum(state_s + varying_s * per_token, least_s))
 
 
-def time_between_tokens(curve: Curve, number: Numbers, queue: PromptQueue) -> tuple[Array, Array]:
+def time_between_tokens(curve: Curve, number: Numbers, decode_s: Array, queue: PromptQueue) -> tuple[Array, Array]:
     """Time between two tokens at every point and its mean, shapes (loads, points), (loads,). [s]"""
     begin = np.maximum(queue.after_token + queue.at_first / max(curve.decode_steps, 1.0), 0.0)
     begin = begin / begin.sum(axis=1, keepdims=True)
-    slower_s = _slower(curve, queue, number)
+    slower_s = _slower(decode_s, queue, number)
     gaps_s = queue.gaps_s(drawn(begin, TOKEN), shares()[_GAP], normals(_PROMPT))
     return gaps_s + slower_s, (begin * queue.gap_s).sum(axis=1) + slower_s.mean(axis=1) * queue.stretch

@@ -24,16 +24,19 @@ from simmoe.steady.latencies import (
     NUMBER,
     OUTPUT,
     TOKEN,
+    between,
     time_between_tokens,
     time_per_output_token,
     time_to_first_token,
 )
-from simmoe.steady.load_curve import SHOWN, Curve
+from simmoe.steady.load_curve import Curve
 from simmoe.steady.points import drawn, outputs_at, quantiles, shares
 from simmoe.steady.prompt_queue import PromptQueue, prompt_queue
 
 Array = NDArray[np.float64]
 
+#: What metrics show of the curve.
+_SHOWN = ("step_s", "decoding")
 #: Share of the variance of the number running that is left in its average over one stay, where all stay alike.
 _VARIANCE_LEFT = 2.0 / 3.0
 
@@ -82,41 +85,44 @@ def open_loop(curve: Curve, workload: Workload, rates: Array, replicas: int = 1)
     about = np.interp(rates, curve.requests_per_s[rising], curve.in_flight[rising])
     about = about * np.minimum(rates / curve.requests_per_s[0], 1.0)
     queue = prompt_queue(curve, workload, rates, np.clip(about / -np.expm1(-about), 1.0, top), np.exp(-about))
-    death = _departures(curve, np.arange(1, top + 1, dtype=np.float64), queue)
+    number = np.arange(top + 1, dtype=np.float64)
+    own_s, decode_s = (np.interp(number, curve.in_flight, column) for column in (curve.prefill_s, curve.decode_step_s))
+    # the last column is all who find no slot
+    weight = np.zeros((rates.size, top + 2))
+    death = _departures(curve, number[1:], own_s[1:], decode_s[1:], queue)
+    np.cumsum(np.log(rates[:, None] / death), axis=1, out=weight[:, 1:-1])
+    weight[:, :-1] -= weight.max(axis=1, keepdims=True)
+    np.exp(weight, out=weight)
     ratio = rates / most
-    log_weight = np.zeros((rates.size, top + 1))
-    np.cumsum(np.log(rates)[:, None] - np.log(death), axis=1, out=log_weight[:, 1:])
-    weight = np.exp(log_weight - log_weight.max(axis=1, keepdims=True))
-    tail = weight[:, -1] * ratio / (1 - ratio)
-    total = weight.sum(axis=1) + tail
-    p = weight / total[:, None]
-    full = tail / total
-    numbers = np.arange(top + 1, dtype=np.float64)
-    running = (p * numbers).sum(axis=1) + full * top
-    at = curve.at(np.clip(running, curve.in_flight[0], curve.in_flight[-1]), SHOWN)
+    weight[:, -1] = weight[:, -2] * ratio / (1 - ratio)
+    p = weight / weight.sum(axis=1, keepdims=True)
+    crowd = p * np.append(number, top)
+    running = crowd.sum(axis=1)
+    at = curve.at(np.clip(running, curve.in_flight[0], curve.in_flight[-1]), _SHOWN)
 
     # arrivals see time averages; whom a token meets is met by all who are there
-    met = drawn(np.concatenate([p, full[:, None]], axis=1), NUMBER)
-    slot_s = np.where(met > top, -np.log1p(-shares()[TOKEN]) / (most - rates)[:, None], 0.0)
-    ttft_s = slot_s + time_to_first_token(curve, workload, rates, np.minimum(met, top), queue)
-    crowd = p * numbers
-    crowd[:, -1] += full * top
-    beside = drawn(crowd, NUMBER)
-    tpot_s = time_per_output_token(curve, workload, running, beside, queue)
-    lasting = np.maximum(running[:, None] + math.sqrt(_VARIANCE_LEFT) * (numbers - running[:, None]), 1.0)
+    met, beside = drawn(p, NUMBER), np.minimum(drawn(crowd, NUMBER), top)
+    ttft_s = time_to_first_token(curve, workload, rates, np.minimum(met, top), decode_s, queue)
+    none_free = met > top
+    if none_free.any():
+        ttft_s += np.where(none_free, -np.log1p(-shares()[TOKEN]) / (most - rates)[:, None], 0.0)
+    tpot_s = time_per_output_token(curve, workload, running, beside, decode_s, queue)
+    lasting = np.maximum(running[:, None] + math.sqrt(_VARIANCE_LEFT) * (beside - running[:, None]), 1.0)
+    tpot_mean = between(decode_s, lasting).mean(axis=1) * queue.stretch
     later = np.maximum(outputs_at(workload, OUTPUT) - 1.0, 0.0)
-    decode_s = np.interp(lasting, curve.in_flight, curve.decode_step_s)
-    tpot_mean = (decode_s * crowd).sum(axis=1) / crowd.sum(axis=1) * queue.stretch
     gaps = np.maximum(later * curve.steps_per_token(workload), 1.0)
     tpot_mean = (tpot_mean + queue.first_s * (1.0 / gaps).mean()) * curve.steps_per_token(workload)
-    ttft = quantiles(ttft_s)
-    tpot = quantiles(tpot_s, tpot_mean)
-    steps = max(workload.output.mean - 1, 0.0)
-    e2e = quantiles(ttft_s + later * tpot_s, np.array([each.mean for each in ttft]) + steps * tpot_mean)
-    itl = quantiles(*time_between_tokens(curve, beside, queue))
+    itl_s, itl_mean = time_between_tokens(curve, beside, decode_s, queue)
+    ttft_mean = ttft_s.mean(axis=1)
+    e2e_mean = ttft_mean + max(workload.output.mean - 1, 0.0) * tpot_mean
+    told = quantiles(
+        np.concatenate([ttft_s, tpot_s, ttft_s + later * tpot_s, itl_s]),
+        np.concatenate([ttft_mean, tpot_mean, e2e_mean, itl_mean]),
+    )
+    ttft, tpot, e2e, itl = (told[i * rates.size : (i + 1) * rates.size] for i in range(4))
 
     # whoever is not running waits: for a slot, or for the running step to end (Little's law gives both together)
-    for_slot = weight[:, -1] / total * ratio / (1 - ratio) ** 2
+    for_slot = p[:, -1] / (1 - ratio)
     found = []
     for i, rate in enumerate(rates.tolist()):
         runs = float(running[i])
@@ -126,7 +132,7 @@ def open_loop(curve: Curve, workload: Workload, rates: Array, replicas: int = 1)
                 running=runs,
                 waiting=max(float(for_slot[i]), rate * e2e[i].mean - runs),
                 busy=1.0 - float(p[i, 0]),
-                wait=float((weight[i, -1] + tail[i]) / total[i]),
+                wait=float(p[i, -2] + p[i, -1]),
                 ttft=ttft[i],
                 tpot=tpot[i],
                 itl=itl[i],
@@ -136,14 +142,13 @@ def open_loop(curve: Curve, workload: Workload, rates: Array, replicas: int = 1)
     return found
 
 
-def _departures(curve: Curve, number: Array, queue: PromptQueue) -> Array:
+def _departures(curve: Curve, number: Array, own_s: Array, decode_s: Array, queue: PromptQueue) -> Array:
     """Requests that end with so many in the system, shape (loads, numbers). [1/s]
 
     Prompts come at the rate offered whatever the number is, and hold all decodes up by it. With all slots taken none
     comes that none makes room for: then the curve's throughput holds.
     """
-    own_s, decode_s = (np.interp(number, curve.in_flight, each) for each in (curve.prefill_s, curve.decode_step_s))
-    stay_s = own_s + queue.first_s[:, None] + curve.decode_steps * decode_s * queue.stretch[:, None]
+    stay_s = own_s + queue.first_s[:, None] + decode_s * (curve.decode_steps * queue.stretch[:, None])
     ends = number / stay_s
     ends[:, -1] = curve.requests_per_s[curve.peak]
     return np.asarray(ends)

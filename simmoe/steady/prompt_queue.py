@@ -153,7 +153,7 @@ class PromptQueue:
 
 @dataclass(frozen=True)
 class _Prompts:
-    """What prompts bring: their work, shape (m,), and how likely it is; mean, mean square, and nearly the most of it."""
+    """What prompts bring: their work, shape (m,), how likely it is, its mean, mean square, and nearly its most."""
 
     work: Array
     chance: Array
