@@ -54,22 +54,21 @@ def time_to_first_token(
     if curve.steps_ahead:
         left = left + queue.waiting[rows, drawn(queue.come, _AHEAD)]
         computed = queue.computed(left)
-        rest_s = rest_s + np.where(left > 0, queue.prompt_step_s(computed)[0], queue.decode_s[:, None])
+        rest_s = rest_s + np.where(left > 0, queue.prompt_step_s(computed), queue.decode_s[:, None])
         steps = steps + (np.where(left > 0, 0.0, 1.0) if curve.prompts_first else 1.0)
         left = left - computed
     before = np.where(idle, 0.0, left + came * share[_MOMENT])
     behind = np.where(idle, 0.0, came * (1.0 - share[_MOMENT]))
     each, others = room / dp, before * (1.0 - 1.0 / dp)  # room of one rank, prompts of others
     full = np.ceil((before / dp + length) / each - 1e-9) - 1.0
-    full_s, full_alone_s = queue.prompt_step_s(np.minimum(each + others, room))
+    full_s = queue.prompt_step_s(np.minimum(each + others, room), idle)
     last = before / dp + length - full * each + others
     last = np.minimum(last + behind + full * rates[:, None] * full_s * workload.input.mean, room)
-    last_s, last_alone_s = queue.prompt_step_s(last)
-    beside_s = full * full_s + last_s
+    prompts_s = full * full_s + queue.prompt_step_s(last, idle)
     if not curve.prompts_first:
         steps = steps + full + 1.0
     own_s = times.own_prompt_s(length, full, last, room)
-    return np.where(idle, full * full_alone_s + last_alone_s, rest_s + slower_s * steps + beside_s) + own_s
+    return prompts_s + own_s + np.where(idle, 0.0, rest_s + slower_s * steps)
 
 
 def _slower(decode_s: Array, queue: PromptQueue, number: Numbers) -> Array:

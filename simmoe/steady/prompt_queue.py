@@ -33,6 +33,32 @@ _DURATION, _SIZE = np.linspace(0.0, 1.0, _DURATIONS), np.linspace(0.0, 1.0, _SIZ
 _DEVIATIONS, _BACKLOGS = 4.0, 5.0
 
 
+class _Sizes:
+    """A step by its prompt tokens up to ``room``, evenly spaced in their logarithm, and without room left.
+
+    ``by_size_s``: beside decodes and without, shape (2, loads, sizes + 1), the last without room left. [s]
+    """
+
+    def __init__(self, room: Array, by_size_s: Array) -> None:
+        rising_s = np.maximum.accumulate(by_size_s[:, :, :-1], axis=2)
+        self.full_s = by_size_s[0, :, -1]
+        self._scale = ((_SIZES - 1) / np.log(room))[:, None]
+        self._row = np.arange(0, room.size * _SIZES, _SIZES)[:, None]
+        self._slope_s = np.append(np.diff(rising_s, axis=2), np.zeros((2, room.size, 1)), axis=2).ravel()
+        rising_s[:, :, -1] = by_size_s[:, :, -1]
+        self._base_s = rising_s.ravel()
+
+    def read(self, tokens: Array, alone: NDArray[np.bool_] | None = None) -> Array:
+        """Time of steps with ``tokens``, shape (loads, ...). [s]"""
+        at = np.log(np.maximum(tokens, 1.0)) * self._scale
+        lower = np.minimum((at + 1e-9).astype(np.int64), _SIZES - 1)
+        at -= lower
+        lower += self._row
+        if alone is not None:
+            lower += alone * (self._base_s.size // 2)
+        return self._base_s.take(lower) + self._slope_s.take(lower) * at
+
+
 @dataclass(frozen=True)
 class PromptQueue:
     """Steps of one replica, at several loads.
@@ -43,9 +69,7 @@ class PromptQueue:
     decode_s : a step without prompts, shape (loads,). [s]
     typical : length of a prompt that a token belongs to. [tokens]
     ranks : data-parallel ranks.
-    sizes_s, alone_s : a step with 1 to ``room`` prompt tokens, evenly spaced in their logarithm, and the same without
-        decodes, shape (loads, m). [s]
-    full_s, full_alone_s : a step without room left, and the same without decodes, shape (loads,). [s]
+    sizes : a step by its prompt tokens, beside decodes and without.
     waiting : prompt tokens waiting when a step begins, shape (loads, n). [tokens]
     served : those it computes, shape (loads, n). [tokens]
     step_s : its time, shape (loads, n). [s]
@@ -68,10 +92,7 @@ class PromptQueue:
     decode_s: Array
     typical: float
     ranks: int
-    sizes_s: Array
-    alone_s: Array
-    full_s: Array
-    full_alone_s: Array
+    sizes: _Sizes
     waiting: Array
     served: Array
     step_s: Array
@@ -144,11 +165,9 @@ class PromptQueue:
             late, longer_s, np.where(share < once[rows, start], first_s[rows, start], second_s[rows, start])
         )
 
-    def prompt_step_s(self, tokens: Array) -> tuple[Array, Array]:
-        """A step with so many prompt tokens, beside decodes and without, shapes as given, (loads, m). [s]"""
-        beside_s, alone_s = _read(tokens, self.room, self.sizes_s, self.alone_s)
-        full = tokens >= self.room[:, None]
-        return np.where(full, self.full_s[:, None], beside_s), np.where(full, self.full_alone_s[:, None], alone_s)
+    def prompt_step_s(self, tokens: Array, alone: NDArray[np.bool_] | None = None) -> Array:
+        """A step with so many prompt tokens, beside decodes or, where ``alone``, without, shape (loads, ...). [s]"""
+        return self.sizes.read(tokens, alone)
 
 
 @dataclass(frozen=True)
@@ -180,14 +199,13 @@ def prompt_queue(curve: Curve, workload: Workload, rates: Array, in_flight: Arra
     beside = np.stack([beside, np.zeros_like(beside)])[:, :, None] + np.zeros_like(tokens)
     flat = (np.broadcast_to(each, beside.shape).ravel() for each in (tokens, full_at, fullest))
     by_size = times.prompt_step_s(beside.ravel(), *flat).reshape(beside.shape)
-    sizes_s, alone_s = np.maximum.accumulate(by_size[:, :, :-1], axis=2)
-    full_s, full_alone_s = by_size[:, :, -1]
-    cell = _cell(rates, room, prompts, at["mixed_step_s"], full_s)
+    table = _Sizes(room, by_size)
+    cell = _cell(rates, room, prompts, at["mixed_step_s"], table.full_s)
     waiting, jumps = _on_grid(prompts, cell)
     # as many ranks work on prompts as have one
     typical, mean = prompts.square / prompts.mean, prompts.mean
     served = _computed(waiting, room, typical, dp)
-    step_s = np.where(served >= room[:, None], full_s[:, None], _read(served, room, sizes_s)[0])
+    step_s = table.read(served)
     step_s[:, 0] = decode_s
     shortest_s, longest_s = step_s.min(axis=1, keepdims=True), step_s.max(axis=1, keepdims=True)
     durations_s = shortest_s + (longest_s - shortest_s) * _DURATION
@@ -218,8 +236,8 @@ def prompt_queue(curve: Curve, workload: Workload, rates: Array, in_flight: Arra
     if not curve.prompts_first:
         at_first, lasting = _settling(moves, share, step_s, at_first)
     return PromptQueue(
-        room=room, decode_s=decode_s, typical=typical, ranks=dp, sizes_s=sizes_s, alone_s=alone_s, full_s=full_s,
-        full_alone_s=full_alone_s, waiting=waiting, served=served, step_s=step_s,
+        room=room, decode_s=decode_s, typical=typical, ranks=dp, sizes=table, waiting=waiting, served=served,
+        step_s=step_s,
         met=met / met.sum(axis=1, keepdims=True), durations_s=durations_s, came=came,
         come=np.matmul(share[:, None], arrivals)[:, 0],
         after_token=after_token,
@@ -246,15 +264,6 @@ def _prompts(times: StepTimes, lengths: Lengths, trace: TraceReplay | None, toke
 def _computed(waiting: Array, room: Array, typical: float, ranks: int) -> Array:
     room = room[:, None]
     return np.minimum(waiting, room if ranks == 1 else room / ranks * np.clip(waiting / typical, 1.0, ranks))
-
-
-def _read(tokens: Array, room: Array, *times_s: Array) -> tuple[Array, ...]:
-    """Tables of times by tokens, evenly spaced in their logarithm up to ``room``, read row by row."""
-    at = np.log(np.maximum(tokens, 1.0)) * ((_SIZES - 1) / np.log(room))[:, None]
-    lower = np.minimum(at.astype(np.int64), _SIZES - 2)
-    part = at - lower
-    flat = lower + np.arange(len(tokens))[:, None] * _SIZES
-    return tuple(each.ravel().take(flat) * (1.0 - part) + each.ravel().take(flat + 1) * part for each in times_s)
 
 
 def _cell(rates: Array, room: Array, prompts: _Prompts, step_s: Array, full_step_s: Array) -> Array:

@@ -160,18 +160,20 @@ class StepTimes:
 def _with_prompts(table: StepTable, rows: Array, prompts: Array) -> tuple[Array, Array]:
     """Part that depends on the rows alone, of steps with prompts; and the share of prompts' attention. [s], [-]"""
     by_batches, shares = table.prompts
-    index = _counts(table.max_tokens + 1)
     if len(shares) == 1:
-        return np.interp(rows, index, by_batches[0]), shares
+        return np.interp(rows, _counts(table.max_tokens + 1), by_batches[0]), shares
     # a mean of 1.4 prompts is a step with one and, now and then, one with two
     at = np.minimum(prompts, float(len(shares))) - 1.0
     fewer = np.minimum(at.astype(np.int64), len(shares) - 2)
     part = at - fewer
-    times, each = np.stack([np.interp(rows, index, row) for row in by_batches]), np.arange(rows.size)
-    return (
-        times[fewer, each] * (1.0 - part) + times[fewer + 1, each] * part,
-        shares[fewer] * (1.0 - part) + shares[fewer + 1] * part,
+    inside = np.minimum(rows, table.max_tokens)
+    below = np.minimum(inside.astype(np.int64), table.max_tokens - 1)
+    beyond = inside - below
+    of_fewer, of_more = (
+        by_batches[stage, below] * (1.0 - beyond) + by_batches[stage, below + 1] * beyond
+        for stage in (fewer, fewer + 1)
     )
+    return of_fewer * (1.0 - part) + of_more * part, shares[fewer] * (1.0 - part) + shares[fewer + 1] * part
 
 
 def ends_together(workload: Workload, prompts_s: float = 0.0) -> bool:
