@@ -84,7 +84,7 @@ def places(coordinate: int) -> NDArray[np.int64]:
 
 def drawn(weights: Array, coordinate: int) -> NDArray[np.int64]:
     """What each point draws from distributions over 0, 1, ..., one a row: (rows, n) -> (rows, POINTS)."""
-    return drawn_in_order(weights)[:, places(coordinate)]
+    return drawn_in_order(weights).take(places(coordinate), axis=1)
 
 
 def drawn_in_order(weights: Array) -> NDArray[np.int64]:

@@ -28,6 +28,8 @@ Array = NDArray[np.float64]
 #: Cells of the grid of waiting tokens; lengths of steps whose arrivals, token counts whose steps are tabulated.
 _CELLS, _DURATIONS, _SIZES = 48, 8, 24
 _CELL, _ONE = np.arange(_CELLS, dtype=np.float64), np.eye(_CELLS)
+#: Share of time idle below which no prompt starts an idle engine.
+_NEVER = 1e-6
 _DURATION, _SIZE = np.linspace(0.0, 1.0, _DURATIONS), np.linspace(0.0, 1.0, _SIZES)
 #: How far the grid reaches: standard deviations of what comes in a step, means of what waits beyond its room.
 _DEVIATIONS, _BACKLOGS = 4.0, 5.0
@@ -44,7 +46,9 @@ class _Sizes:
         self.full_s = by_size_s[0, :, -1]
         self._scale = ((_SIZES - 1) / np.log(room))[:, None]
         self._row = np.arange(0, room.size * _SIZES, _SIZES)[:, None]
-        self._slope_s = np.append(np.diff(rising_s, axis=2), np.zeros((2, room.size, 1)), axis=2).ravel()
+        slope_s = np.zeros_like(rising_s)
+        np.subtract(rising_s[:, :, 1:], rising_s[:, :, :-1], out=slope_s[:, :, :-1])
+        self._slope_s = slope_s.ravel()
         rising_s[:, :, -1] = by_size_s[:, :, -1]
         self._base_s = rising_s.ravel()
 
@@ -132,9 +136,14 @@ class PromptQueue:
         low, high = self.durations_s[:, :1], self.durations_s[:, -1:]
         place = (step_s - low) / np.maximum(high - low, 1e-300) * (durations - 1)
         wanted = np.rint(place).astype(np.int64)
-        drawn = drawn_in_order(self.came.reshape(-1, cells)).reshape(-1, durations, POINTS)
-        rows = np.arange(len(low))[:, None]
-        return np.asarray(self.waiting[rows, drawn[rows, wanted, places(coordinate)]])
+        wanted += np.arange(0, durations * len(low), durations)[:, None]
+        drawn = drawn_in_order(self.came.reshape(-1, cells)).ravel()
+        return self.of_step(self.waiting, drawn.take(wanted * POINTS + places(coordinate)))
+
+    @staticmethod
+    def of_step(column: Array, step: NDArray[np.int64]) -> Array:
+        """What a column, shape (loads, n), has at the grid's places ``step``, shape (loads, points)."""
+        return column.take(step + np.arange(0, column.size, column.shape[1])[:, None])
 
     def computed(self, waiting: Array) -> Array:
         """Prompt tokens that a step computes of those waiting, shape (loads, ...). [tokens]"""
@@ -150,9 +159,9 @@ class PromptQueue:
         ----------
         share, normal : where in these cases' chances, and in the lognormal distribution, a point stands, (points,).
         """
-        rows = np.arange(len(start))[:, None]
         if not self.paused.any():
-            return self.step_s[rows, start]
+            return self.of_step(self.step_s, start)
+        rows = np.arange(len(start))[:, None]
         first_s, second_s = self.step_s, self.step_s + self.decode_s[:, None]
         once, twice = 1.0 - self.paused, self.paused * self.no_more
         more = np.maximum(1.0 - once - twice, 1e-12)
@@ -213,10 +222,13 @@ def prompt_queue(curve: Curve, workload: Workload, rates: Array, in_flight: Arra
     arrivals = _arrivals(durations_s, came, step_s)
     moves = _moves(arrivals, (waiting - served) / waiting[:, 1:2])
     # who decodes does not meet the prompts that start an idle engine
-    anew = np.minimum((rates * idle / np.maximum(1.0 - idle, 1e-12))[:, None] * step_s, 1.0)[:, :, None]
-    started = moves + anew * (jumps[:, None] - moves)
-    share, met = _stationary(np.concatenate([moves, started])).reshape(2, -1, _CELLS)
-    met = met * step_s
+    idling = np.flatnonzero(idle > _NEVER)
+    anew = (rates * idle / np.maximum(1.0 - idle, 1e-12))[idling, None] * step_s[idling]
+    started = moves[idling] + np.minimum(anew, 1.0)[:, :, None] * (jumps[idling, None] - moves[idling])
+    solved = _stationary(np.concatenate([moves, started]))
+    share, met = solved[: rates.size], solved[: rates.size].copy()
+    met[idling] = solved[rates.size :]
+    met *= step_s
     paused = np.zeros_like(waiting)
     if curve.prompts_first:  # of the ranks, those that have a prompt
         paused[:, 1:] = 1.0 - (1.0 - 1.0 / dp) ** np.maximum(served[:, 1:] / mean, 1.0) if dp > 1 else 1.0
@@ -313,12 +325,10 @@ def _compound_poisson(counts: Array, jumps: Array) -> Array:
 
 def _arrivals(durations_s: Array, came: Array, step_s: Array) -> Array:
     """Distributions of the tokens that come during steps, between those tabulated, shape (loads, n, n). [-]"""
-    loads = np.arange(len(step_s))[:, None]
     width = np.maximum(durations_s[:, 1] - durations_s[:, 0], 1e-300)[:, None]
     at = np.clip((step_s - durations_s[:, :1]) / width, 0.0, _DURATIONS - 1.0)
-    lower = np.minimum(at.astype(np.int64), _DURATIONS - 2)
-    part = (at - lower)[:, :, None]
-    return np.asarray(came[loads, lower] * (1.0 - part) + came[loads, lower + 1] * part)
+    part = np.maximum(1.0 - np.abs(at[:, :, None] - np.arange(_DURATIONS)), 0.0)
+    return np.asarray(np.matmul(part, came))
 
 
 def _moves(arrivals: Array, left: Array) -> Array:
@@ -343,11 +353,11 @@ def _shifted(rows: Array, by: NDArray[np.int64]) -> Array:
 
 def _stationary(moves: Array) -> Array:
     """Stationary distributions of Markov chains, (loads, n, n) -> (loads, n). [-]"""
-    system = np.swapaxes(moves, 1, 2) - _ONE
-    system[:, -1] = 1.0
+    system = moves - _ONE
+    system[:, :, -1] = 1.0
     right = np.zeros((len(moves), _CELLS, 1))
     right[:, -1] = 1.0
-    share = np.maximum(np.linalg.solve(system, right)[:, :, 0], 0.0)
+    share = np.maximum(np.linalg.solve(np.swapaxes(system, 1, 2), right)[:, :, 0], 0.0)
     return np.asarray(share / share.sum(axis=1, keepdims=True))
 
 
