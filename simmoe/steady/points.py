@@ -79,7 +79,7 @@ def _inverse(values: ArrayLike, share: Array) -> Array:
 @lru_cache(maxsize=16)
 def places(coordinate: int) -> NDArray[np.int64]:
     """Where each point stands among a coordinate's shares, shape (POINTS,)."""
-    return (shares()[coordinate] * POINTS).astype(np.int64)
+    return np.asarray(shares()[coordinate] * POINTS, dtype=np.int64)
 
 
 def drawn(weights: Array, coordinate: int) -> NDArray[np.int64]:

@@ -302,9 +302,9 @@ def _on_grid(prompts: _Prompts, cell: Array) -> tuple[Array, Array]:
     row = np.arange(len(cell))[:, None] * _CELLS
     size = len(cell) * _CELLS
     place, above = (row + lower).ravel(), part * prompts.chance
-    jumps = np.bincount(place, weights=(prompts.chance - above).ravel(), minlength=size)
-    jumps += np.bincount(place + 1, weights=above.ravel(), minlength=size)
-    jumps = jumps.reshape(-1, _CELLS)
+    begins = np.bincount(place, weights=(prompts.chance - above).ravel(), minlength=size)
+    ends = np.bincount(place + 1, weights=above.ravel(), minlength=size)
+    jumps = np.asarray((begins + ends).reshape(-1, _CELLS), dtype=np.float64)
     return _CELL * (prompts.mean / (jumps @ _CELL))[:, None], jumps
 
 
