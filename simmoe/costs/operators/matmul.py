@@ -103,8 +103,9 @@ def build(**columns: object) -> Features:
     or 4; ``quantise`` 1 where the input arrives in bf16 and is first quantised; ``copies`` of the weights a
     benchmark goes round, or with ``fills_cache`` 1 only as many as exceed L2.
     """
-    values = np.broadcast_arrays(*(np.asarray(columns[name], dtype=np.float64) for name in FEATURES))
-    return {name: np.array(value) for name, value in zip(FEATURES, values, strict=True)}
+    values = [np.asarray(columns[name], dtype=np.float64) for name in FEATURES]
+    shape = np.broadcast(*values).shape
+    return {name: np.full(shape, value) for name, value in zip(FEATURES, values, strict=True)}
 
 
 def element_bytes(dtypes: NDArray[np.str_]) -> Array:
