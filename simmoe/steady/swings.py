@@ -26,7 +26,7 @@ from simmoe.steady.step_times import Load
 Array = NDArray[np.float64]
 
 _ROUNDS = 40  # to solve for who decodes in short and in full steps
-_CLOSE = 1e-3  # of the clients
+_CLOSE = 1e-4  # of the clients
 _PARTS = 256  # of the requests, by how long they wait
 
 
