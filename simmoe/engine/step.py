@@ -240,7 +240,14 @@ class StepTable:
         assert detail is not None, "compiled without detail"
         b, at = batch.decode_requests, detail.rows[max(batch.rows(self.rows_per_decode), 1)]
         tabulated = detail.prompt_parts_s[self._micro_batches(batch)] if batch.prefill_chunks else detail.parts_s
-        parts = {name: float(np.interp(at, detail.grid, value)) for name, value in tabulated.items()}
+        # one place in the grid for all parts
+        above = min(max(int(np.searchsorted(detail.grid, at, side="right")), 1), len(detail.grid) - 1)
+        low, high = float(detail.grid[above - 1]), float(detail.grid[above])
+        share = min(max((float(at) - low) / (high - low), 0.0), 1.0)
+        parts = {
+            name: float(value[above - 1]) * (1.0 - share) + float(value[above]) * share
+            for name, value in tabulated.items()
+        }
         sequences = b * self.rows_per_decode + finishing_prompts
         host = detail.host_per_row_s * sequences
         parts["head"] = float(self.head_s[sequences]) - host

@@ -6,12 +6,14 @@ A point has lengths of its own, meets a number in the system, a step under way, 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
 
-from simmoe.specs.workload import Workload
+from simmoe.specs.workload import Lengths, TraceReplay, Workload
 from simmoe.steady.load_curve import Curve
-from simmoe.steady.points import drawn, normals, outputs_at, prompts_at, shares
+from simmoe.steady.points import drawn, lengths_at, normals, outputs_at, prompts_at, shares
 from simmoe.steady.prompt_queue import PromptQueue
 
 Array = NDArray[np.float64]
@@ -85,9 +87,7 @@ def time_per_output_token(
     steps come and go within a few steps; over n gaps their time is taken as gamma distributed.
     """
     output = np.maximum(outputs_at(workload, OUTPUT), 2.0)
-    stay = output / workload.output.mean
-    kept = np.where(stay < 1.0, 1.0 - stay / 3.0, (1.0 - 1.0 / (3.0 * stay)) / stay)
-    seen = np.maximum(running[:, None] + np.sqrt(kept) * (number - running[:, None]), 1.0)
+    seen = np.maximum(running[:, None] + _kept(workload.output, workload.trace) * (number - running[:, None]), 1.0)
     per_token = curve.steps_per_token(workload)
     state_s = between(decode_s, seen) * queue.stretch[:, None] * per_token
 
@@ -104,6 +104,13 @@ def time_per_output_token(
     least_s = float(curve.decode_step_s[0]) * per_token
     varying_s = total_s * gamma / gaps - longer
     return np.asarray(np.maximum(state_s + varying_s * per_token, least_s))
+
+
+@lru_cache(maxsize=64)
+def _kept(lengths: Lengths, trace: TraceReplay | None) -> Array:
+    """Share of the spread of the number running that is left in its average over a stay, shape (points,). [-]"""
+    stay = np.maximum(lengths_at(lengths, trace, "output_tokens", OUTPUT), 2.0) / lengths.mean
+    return np.asarray(np.sqrt(np.where(stay < 1.0, 1.0 - stay / 3.0, (1.0 - 1.0 / (3.0 * stay)) / stay)))
 
 
 def time_between_tokens(curve: Curve, number: Numbers, decode_s: Array, queue: PromptQueue) -> tuple[Array, Array]:

@@ -135,7 +135,7 @@ class PromptQueue:
         durations, cells = self.came.shape[1:]
         low, high = self.durations_s[:, :1], self.durations_s[:, -1:]
         place = (step_s - low) / np.maximum(high - low, 1e-300) * (durations - 1)
-        wanted = np.rint(place).astype(np.int64)
+        wanted = (place + 0.5).astype(np.int64)
         wanted += np.arange(0, durations * len(low), durations)[:, None]
         drawn = drawn_in_order(self.came.reshape(-1, cells)).ravel()
         return self.of_step(self.waiting, drawn.take(wanted * POINTS + places(coordinate)))

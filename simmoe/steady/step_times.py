@@ -131,10 +131,11 @@ class StepTimes:
         _, _, per_pair_s, per_cached_s = self.table.prefill_terms
         typical, each = self.input_tokens * (1.0 + self.varied), room / self.dp
         end = np.minimum(length, last)
-        taken = np.where(last >= room, typical, np.minimum(last, typical))
-        pairs = length**2 - (length - end) * typical - end * taken
+        at_end = last >= room
+        taken = np.where(at_end, typical, np.minimum(last, typical))
+        pairs = length * length - (length - end) * typical - end * taken
         behind = np.maximum(typical - each, 0.0) / 2
-        cached = full * (full + 1.0) / 2 * each - (full + np.where(last >= room, 1.0, 0.0)) * behind
+        cached = full * (full + 1.0) / 2 * each - (full + at_end) * behind
         return np.asarray(self.dp * (per_pair_s * pairs / 2 + per_cached_s * np.where(length > end, cached, 0.0)))
 
     def _mixed_s(
