@@ -96,7 +96,7 @@ def open_loop(curve: Curve, workload: Workload, rates: Array, replicas: int = 1)
     ratio = rates / most
     weight[:, -1] = weight[:, -2] * ratio / (1 - ratio)
     p = weight / weight.sum(axis=1, keepdims=True)
-    crowd = p * np.append(number, top)
+    crowd = p * np.minimum(np.arange(top + 2), top)
     running = crowd.sum(axis=1)
     at = curve.at(np.clip(running, curve.in_flight[0], curve.in_flight[-1]), _SHOWN)
 

@@ -203,11 +203,12 @@ def prompt_queue(curve: Curve, workload: Workload, rates: Array, in_flight: Arra
     fullest = times.fullest(at["decoding"])[:, None]
     beside = at["beside"] if curve.prompts_first else at["decoding"]
     # the last column is a step that is full, whose prompts may have begun before and go on after
-    tokens = np.concatenate([sizes, room[:, None]], axis=1)
-    full_at = np.concatenate([np.full_like(sizes, np.inf), room[:, None]], axis=1)
-    beside = np.stack([beside, np.zeros_like(beside)])[:, :, None] + np.zeros_like(tokens)
-    flat = (np.broadcast_to(each, beside.shape).ravel() for each in (tokens, full_at, fullest))
-    by_size = times.prompt_step_s(beside.ravel(), *flat).reshape(beside.shape)
+    tokens, full_at = np.empty((2, rates.size, _SIZES + 1))
+    tokens[:, :-1], tokens[:, -1] = sizes, room
+    full_at[:, :-1], full_at[:, -1] = np.inf, room
+    decoding = np.zeros((2, rates.size, 1))
+    decoding[0, :, 0] = beside
+    by_size = times.prompt_step_s(decoding, tokens, full_at, fullest)
     table = _Sizes(room, by_size)
     cell = _cell(rates, room, prompts, at["mixed_step_s"], table.full_s)
     waiting, jumps = _on_grid(prompts, cell)
@@ -313,11 +314,15 @@ def _compound_poisson(counts: Array, jumps: Array) -> Array:
 
     Parameters
     ----------
-    counts : mean numbers, shape (loads, d). [-]
+    counts : mean numbers, evenly spaced, shape (loads, d). [-]
     jumps : distribution over cells, shape (loads, n). [-]
     """
-    spectrum = np.fft.rfft(jumps, 2 * _CELLS, axis=1)[:, None]
-    whole = np.fft.irfft(np.exp(counts[:, :, None] * (spectrum - 1.0)), 2 * _CELLS, axis=2)
+    spectrum = np.fft.rfft(jumps, 2 * _CELLS, axis=1)[:, None] - 1.0
+    # evenly spaced numbers are a geometric series
+    series = np.empty((*counts.shape, spectrum.shape[2]), np.complex128)
+    np.exp(counts[:, :1, None] * spectrum, out=series[:, :1])
+    series[:, 1:] = np.exp((counts[:, 1:2, None] - counts[:, :1, None]) * spectrum)
+    whole = np.fft.irfft(np.multiply.accumulate(series, axis=1), 2 * _CELLS, axis=2)
     found = np.maximum(whole[:, :, :_CELLS], 0.0)
     found[:, :, -1] += np.maximum(1.0 - found.sum(axis=2), 0.0)
     return np.asarray(found / found.sum(axis=2, keepdims=True))
@@ -370,7 +375,10 @@ def _settling(moves: Array, share: Array, step_s: Array, begin: Array) -> tuple[
     off = step_s - (share * step_s).sum(axis=1, keepdims=True)
     weighted = share * off
     inverse = _ONE - moves + share[:, None]
-    met, ahead = np.moveaxis(np.linalg.solve(np.swapaxes(inverse, 1, 2), np.stack([begin, weighted], axis=2)), 2, 0)
+    begun = np.empty((*begin.shape, 2))
+    begun[:, :, 0], begun[:, :, 1] = begin, weighted
+    solved = np.linalg.solve(np.swapaxes(inverse, 1, 2), begun)
+    met, ahead = np.asarray(solved[:, :, 0], np.float64), np.asarray(solved[:, :, 1], np.float64)
     return met, (2.0 * ahead * off - weighted * off).sum(axis=1)
 
 
