@@ -47,7 +47,7 @@ large again in turn, 40 to 60 times, for 5 to 9 pools of each size), the sum of 
 - from 5,461 to 8,192 entries by 15 % (8 to 43 % from pool to pool; a typical walk by 12 and, in 9 other pools, 14 %);
 - from 2,731 to 4,096, where a pool outgrows 512 KiB, by 43 %; from 1,365 to 2,048 by 28, from 8,192 to 12,288 by 29 %.
 
-Steps wait for sums of walks, not for the quickest tenth, whose 24 % is more because small pools are at times found in
+Steps wait for sums of walks, not for the quickest tenth, whose 26 % is more because small pools are at times found in
 L2. So 14 % holds for such a core beside much other work, a core left alone grows by half of it, and one with more L2
 may grow by more at these pools. Which the hosts measured had is not known, and nothing singles out another value.
 `tests/benchmarks/test_bench_pool_walks.py` measures it."""
