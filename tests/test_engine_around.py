@@ -73,7 +73,8 @@ def test_wide_attention_takes_two_bytes_for_attention_weights_alone() -> None:
     assert added == pytest.approx(model.layers * each, rel=1e-3)
     slower = [engine(model="llama-4-scout", gpus=2, tp=2, weight_precision="fp8", wide_attention=w) for w in (0, 1)]
     first, second = (e.step(Batch(16, 16 * 700)) for e in slower)
-    assert second.projections_s > 1.3 * first.projections_s
+    # fp8 with one scale is timed as block fp8, which reads slower than bf16: less than the bytes say
+    assert second.projections_s > 1.15 * first.projections_s
     assert second.routed_experts_s == first.routed_experts_s
 
 
