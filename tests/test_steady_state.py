@@ -162,13 +162,21 @@ def test_little_holds_in_an_open_loop(load, share):
 
 
 @few
-@given(loads, st.integers(1, 300))
-def test_more_clients_never_lower_throughput_or_raise_speed_per_user(load, clients):
+@given(loads, st.integers(1, 300), st.sampled_from(["fixed", "lognormal"]))
+def test_more_clients_never_lower_throughput_or_raise_speed_per_user(load, clients, kind):
+    """Equal answers come round together: a prompt that just does not fit costs the whole round one step more.
+
+    Simulated, too: DeepSeek-V2-Lite on an H100 under vLLM, 191 tokens in and 2 out: 327, 310 and 350 requests/s with
+    42, 43 and 45 clients.
+    """
     step_s, per_token_s, prompt, output = load
     steps = table(step_s, per_token_s, 1e-9)
-    fewer, _ = solve(steps, work(prompt, output, concurrency=clients))
-    more, _ = solve(steps, work(prompt, output, concurrency=clients + 1))
-    assert more.requests_per_s >= fewer.requests_per_s * (1 - 1e-6)
+    lengths = [Lengths(kind=kind, mean=mean, cv=0.5 if kind == "lognormal" else 0.0) for mean in (prompt, output)]
+    fewer, more = (
+        solve(steps, Workload(input=lengths[0], output=lengths[1], concurrency=n))[0] for n in (clients, clients + 1)
+    )
+    one_step = fewer.mean_step_s * fewer.requests_per_s / clients if kind == "fixed" else 1e-6  # share of a round
+    assert more.requests_per_s >= fewer.requests_per_s / (1 + one_step)
     assert more.tpot.mean >= fewer.tpot.mean * (1 - 1e-3)
 
 
