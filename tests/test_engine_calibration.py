@@ -196,7 +196,8 @@ def test_slowdown_spares_expert_kernels_that_shipped_tuned():
             "vllm nightly (no release number): times around kernels are those of the newest known (0.14",
         ),
         ("sglang", "0.4.4.post1", None),
-        ("trtllm", "1.2", "trtllm 1.2: times around kernels are those of any release"),
+        ("trtllm", "1.2", "trtllm 1.2: times around kernels are those of the newest known (1 on)"),
+        ("trtllm", "0.17", "trtllm 0.17: times around kernels are those of releases before 1"),
     ],
 )
 def test_a_named_version_is_told_which_releases_times_stand_for_it(engine, version, says):
