@@ -169,13 +169,7 @@ def _in_cohorts(
         in_engine_s = served_s
     tokens = max(workload.output.mean - 1, 1e-9)
     ttft, tpot = Quantiles.of(in_engine_s - found.decodes_s), Quantiles.of(found.decodes_s / tokens)
-    at = {
-        "step_s": found.step_s,
-        "decode_step_s": found.decode_step_s,
-        "decoding": found.decoding,
-        "long_gap_s": found.mixed_step_s,
-        "long_gap_share": found.met,
-    }
+    at = _steps(found, found.met)
     metrics = _metrics(
         deployment, workload, kv_tokens, throughput, at, ttft, tpot, itl=_itl(at), e2e=_around(in_engine_s),
         running=running, waiting=throughput * (in_engine_s - served_s), utilisation=found.busy,
@@ -217,19 +211,24 @@ def _swinging(
     if decodes_s < steps * found.decode_step_s:
         return None
     running = throughput * (found.prefill_s + decodes_s)
-    at = {
-        "step_s": found.step_s,
-        "decode_step_s": found.decode_step_s,
-        "decoding": found.decoding,
-        "long_gap_s": found.mixed_step_s,
-        "long_gap_share": found.mixed_share,
-    }
+    at = _steps(found, found.mixed_share)
     tpot = decodes_s / max(workload.output.mean - 1, 1e-9)
     return _metrics(
         deployment, workload, kv_tokens, throughput, at, ttft, _around(tpot), itl=_itl(at),
         e2e=_later(ttft, decodes_s), running=running, waiting=throughput * (ttft.mean - found.prefill_s),
         utilisation=1.0,
     )  # fmt: skip
+
+
+def _steps(found: Round | Swing, long_gap_share: float) -> dict[str, float]:
+    """Steps of a round or a swing by the names a curve gives them."""
+    return {
+        "step_s": found.step_s,
+        "decode_step_s": found.decode_step_s,
+        "decoding": found.decoding,
+        "long_gap_s": found.mixed_step_s,
+        "long_gap_share": long_gap_share,
+    }
 
 
 def _throughput(clients: float, cycle_s: float, growing_s: float) -> float:
