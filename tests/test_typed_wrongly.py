@@ -23,6 +23,11 @@ FLAGS = {
         "--routing: layers_drawn: '100000'",
     ),
     "a folder for a result": ("report .", ".: is a folder; give the table or JSON file in it"),
+    "a limit that nothing is above": (
+        "validate validate/serving/dstack_deepseek_r1_h200.csv --fail-above nan",
+        "--fail-above nan: give a percentage of 0 or more",
+    ),
+    "an axis of no picture": ("frontier h100 --caps 6,4 --benchmark x", "give --plot FILE too"),
     "no version": ("predict h100 --engine-version=", "--engine-version: '' will not do"),
 }
 

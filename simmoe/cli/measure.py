@@ -192,6 +192,8 @@ def validate(
     from simmoe.validation import misses, run, summary  # noqa: PLC0415
     from simmoe.validation.serving import bench_json, listed  # noqa: PLC0415
 
+    if fail_above is not None and not fail_above >= 0:  # a nan is above nothing, so nothing would fail
+        raise SpecError(f"--fail-above {fail_above:g}: give a percentage of 0 or more")
     if live:
         cli_live.validate_live(
             device=device, budget=budget, caps=caps, loads=loads, duration=duration, repeats=repeats, threads=threads,

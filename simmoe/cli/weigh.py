@@ -60,6 +60,8 @@ def frontier(
     loads = (
         _numbers("rate", rate) if rate is not None else [*map(float, _whole("concurrency", concurrency or "8,64,256"))]
     )
+    if benchmark is not None and plot is None:
+        raise SpecError(f"--benchmark {benchmark}: it is for the axis of a plot; give --plot FILE too, or leave it out")
     described, shapes = load.load_hardware(hardware), load.load_model(model)
     priced = described.price_per_device_hour is not None or price is not None
     workload, *_ = (  # each is looked at, so that a wrong one is told by its flag
